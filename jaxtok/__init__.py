@@ -1,0 +1,1 @@
+"""jaxtok: transformers on fewer tokens, as pure JAX transforms."""

@@ -1,0 +1,73 @@
+"""How many rows stay. The only place where ratios become counts: round half up, at least 1."""
+
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+
+from jaxtok.core import check
+
+
+def capacity(ratio: float, n: int) -> int:
+    """Static capacity for a kept fraction `ratio` in (0, 1] of `n` rows."""
+    check.between("ratio", ratio, 0.0, 1.0)
+    check.at_least("n", n, 1)
+    # the decimal that was written, not its binary neighbour: 0.35 * 10 is 3.5 and rounds up
+    return max(1, math.floor(Fraction(str(ratio)) * n + Fraction(1, 2)))
+
+
+def keep(ratio: float, live: jax.Array) -> jax.Array:
+    """i32 like `live`: the traced budget, `ratio` of each row's number of live tokens."""
+    check.between("ratio", ratio, 0.0, 1.0)
+    exact = Fraction(str(ratio)).limit_denominator(10_000)
+    p, q = exact.numerator, exact.denominator
+    whole, rest = live // q, live % q  # keeps 2 * p * live inside int32
+    return jnp.maximum(whole * p + (2 * p * rest + q) // (2 * q), 1).astype(jnp.int32)
+
+
+def per_head(keep, heads: tuple[int, int], cap: int) -> jax.Array:
+    """i32 [b g]: a budget given as int, [b], [b 1] or [b g], never above `cap`; None = `cap`. `heads` = (b, g)."""
+    if keep is None:
+        return jnp.full(heads, cap, jnp.int32)
+    keep = jnp.asarray(keep, jnp.int32)
+    if keep.ndim > 2:
+        raise ValueError(f"keep must be an int, [b] or [b g], got shape {keep.shape}")
+    if keep.ndim < 2:
+        keep = keep.reshape(-1, 1)
+    return jnp.clip(jnp.broadcast_to(keep, heads), 0, cap)
+
+
+def pyramid(total: int, layer: int, layers: int, beta: float, most: int | None = None) -> int:
+    """Rows of 0-based `layer` when the average layer has `total`, linear in depth: first 2*total - total/beta, last total/beta.
+
+    PyramidKV: min = total // beta, max = 2 * total - min; if max > `most`: max = most, min = 2 * total - most. The sum over the
+    layers is layers * total up to rounding; beta = 1 is uniform.
+    """
+    check.at_least("beta", beta, 1)
+    low = int(total // beta)
+    high = 2 * total - low
+    if most is not None and high >= most:
+        high, low = most, 2 * total - most
+    if layers < 2:
+        return total
+    return math.floor(high - Fraction(layer * (high - low), layers - 1) + Fraction(1, 2))
+
+
+def shares(weights: tuple[float, ...], total: int, least: int = 1, most: int | None = None) -> tuple[int, ...]:
+    """Ints in proportion to `weights` that sum to exactly `total`, each from `least` to `most` (largest remainder)."""
+    count = len(weights)
+    top = total if most is None else most
+    if not count or any(not (w >= 0 and math.isfinite(w)) for w in weights) or sum(weights) <= 0:
+        raise ValueError(f"weights must be finite, >= 0 and not all zero, got {weights}")
+    if not count * least <= total <= count * top:
+        raise ValueError(f"{count} shares from {least} to {top} cannot sum to {total}")
+    scale = sum(map(Fraction, weights))
+    ideal = [Fraction(w) / scale * total for w in weights]
+    out = [min(max(math.floor(x), least), top) for x in ideal]
+    while sum(out) != total:  # one row at a time to (or from) the layer that is furthest below (above) its share
+        step = 1 if sum(out) < total else -1
+        open_ = [i for i in range(count) if (out[i] < top if step > 0 else out[i] > least)]
+        i = max(open_, key=lambda j: step * (ideal[j] - out[j]))
+        out[i] += step
+    return tuple(out)

@@ -1,0 +1,31 @@
+"""Checks of static input: each raises before anything is computed, with the value and the cure."""
+
+import math
+
+
+def at_least(name: str, value: float, low: float) -> None:
+    """ValueError unless `value >= low`; NaN fails."""
+    if not value >= low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+
+
+def between(name: str, value: float, low: float, high: float) -> None:
+    """ValueError unless `low <= value <= high` and finite."""
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+
+
+def one_of(name: str, value, allowed: tuple) -> None:
+    """ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def budget(name: str, capacity, protected: int = 0) -> None:
+    """ValueError unless `capacity` is an int >= 1 with room for what is protected and one more row."""
+    if isinstance(capacity, bool) or not isinstance(capacity, int):
+        raise TypeError(f"{name} is a number of rows (int), got {capacity!r}; turn a ratio into rows with jaxtok.core.budget.capacity(ratio, n)")
+    if capacity < 1:
+        raise ValueError(f"{name} must be >= 1, got {capacity}")
+    if capacity < protected:
+        raise ValueError(f"{name}={capacity} has no room for the {protected} protected rows; raise {name} or protect fewer")

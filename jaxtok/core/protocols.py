@@ -1,0 +1,216 @@
+"""What a method must supply at each site. The base class owns everything but the formula.
+
+Every function takes `params` first: the learned weights made by `init_params` ({} where there are none). Methods are frozen
+dataclasses of static hyper-parameters, so all of them hash and can be static arguments of jit.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.core import budget, reduce, select
+from jaxtok.core.types import KV, BlockTable, Evidence, KeyIndex, Needs, Plan, Protect, Tokens, live_count
+
+
+class Method:
+    """Common ground: identity in the registry, what it reads, learned weights."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    site: ClassVar[str]
+
+    @property
+    def needs(self) -> Needs:
+        """What `Evidence` must hold; depends on the instance (a window length is data of the instance)."""
+        return Needs()
+
+    def init_params(self, key: jax.Array, cfg) -> Any:
+        """Learned weights for a model of configuration `cfg`."""
+        return {}
+
+
+class Reducer(Method):
+    """Sites vit, select, layers: rows of a sequence are dropped or merged before a layer."""
+
+    at: ClassVar[str] = "block"  # "block" before a layer, "attn" between attention and MLP, "around" undone after the module
+    positions: str = "keep"
+    conserves: ClassVar[bool] = False  # sizes and the size-weighted sum of x stay
+
+    def start(self, params, tokens: Tokens) -> Any:
+        """State carried over one forward pass."""
+        return ()
+
+    def count(self, n: int, n_kind: int) -> int:
+        """Static number of rows left of `n`, of which `n_kind` are of the kinds this method may reduce."""
+        raise NotImplementedError(f"{type(self).__name__} must say how many rows it leaves")
+
+    def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Any, Plan]:
+        """The plan [b m] for these tokens; `keep` traced number of live rows at or under the capacity."""
+        raise NotImplementedError(f"{type(self).__name__} must make a plan")
+
+
+class CacheCompressor(Method):
+    """Site cache: once, after a prefill, layer by layer."""
+
+    aligned: ClassVar[bool] = False  # all heads and layers keep the same tokens
+    capacity: int
+
+    def layer(self, i: int, layers: int) -> "CacheCompressor":
+        """The instance for 0-based layer `i` of `layers`."""
+        return self
+
+    def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
+        """The plan [b g m] for this layer's cache. `keep`: int, [b], [b 1] or [b g] live slots, at most the capacity."""
+        raise NotImplementedError(f"{type(self).__name__} must make a plan")
+
+    def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
+        """The compressed cache, and the evidence of what stayed."""
+        if keep is None and self.capacity >= kv.pos.shape[-1]:
+            return kv, evidence
+        plan = self.plan(params, kv, evidence, keep)
+        return reduce.reduce_kv(plan, kv), reduce.move(plan, evidence)
+
+
+class CacheScorer(CacheCompressor):
+    """A compressor that keeps the protected slots and the best others, per KV head."""
+
+    protect: Protect = Protect()
+
+    def score(self, params, kv: KV, evidence: Evidence) -> Float[Array, "b g s"]:
+        """Importance, float32, higher stays. Dead and protected slots may hold anything."""
+        raise NotImplementedError(f"{type(self).__name__} must score")
+
+    def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
+        return top_slots(kv, self.score(params, kv, evidence), self.protect.mask(kv.pos, kv.seen), self.capacity, keep)
+
+
+def top_slots(kv: KV, score: Float[Array, "b g s"], safe: Bool[Array, "b g s"], capacity: int, keep=None) -> Plan:
+    """The live slots in `safe` and the best others, at most `keep` live ones (default: the capacity) in `capacity` static slots.
+
+    Safe slots stay even where `keep` is smaller than their number.
+    """
+    live, cap = kv.pos >= 0, min(capacity, kv.pos.shape[-1])
+    safe = safe & live
+    room = jnp.maximum(budget.per_head(keep, kv.pos.shape[:2], cap) - jnp.sum(safe, -1, dtype=jnp.int32), 0)
+    mask = select.choose(score, live, room, safe, most=cap)
+    return select.pack(mask, cap, jnp.where(safe, jnp.inf, select.finite(score)))
+
+
+class Held(NamedTuple):
+    """State of a step policy: `slots` moves with the cache's slots (every leaf [b g s ...]), `rest` stays."""
+
+    slots: Any = ()
+    rest: Any = ()
+
+
+class CachePolicy(Method):
+    """Site policy: keeps a cache at `capacity` live slots while generating.
+
+    A new key goes to a spare slot, is attended to, and then one slot is vacated (`every` = 1: the lowest `victim` score, free
+    slots first) or, each time `every` spare slots are full, `fit` makes a plan.
+    """
+
+    every: int = 1
+    raw: bool = False  # keys stored unrotated, placed at their rank among the live ones when read
+    capacity: int
+
+    @property
+    def step_needs(self) -> Needs:
+        """Evidence of a decode step; slot axis s."""
+        return Needs()
+
+    def layer(self, i: int, layers: int) -> "CachePolicy":
+        """The instance for 0-based layer `i` of `layers`."""
+        return self
+
+    def start(self, params, kv: KV, evidence: Evidence) -> Held:
+        """State after a prefill, before `fit`."""
+        return Held()
+
+    def observe(self, params, state: Held, kv: KV, evidence: Evidence) -> Held:
+        """State after new rows were attended to, before anything is vacated."""
+        return state
+
+    def fit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> Plan:
+        """The plan [b g capacity] that brings a cache down to the capacity."""
+        protect, score = self.victim(params, state, kv, budget.per_head(keep, kv.pos.shape[:2], self.capacity))
+        return top_slots(kv, score, protect, self.capacity, keep)
+
+    def victim(self, params, state: Held, kv: KV, keep: Int[Array, "b g"]) -> tuple[Bool[Array, "b g s"], Float[Array, "b g s"]]:
+        """Slots that must stay, and scores: the lowest other one goes. `keep` is the budget of live slots in force."""
+        raise NotImplementedError(f"{type(self).__name__} must score")
+
+
+def vacate(policy: CachePolicy, params, state: Held, kv: KV, keep=None) -> tuple[KV, Held, Int[Array, "b g"]]:
+    """Move the key at the cursor into a free slot, or into the slot of the victim where the budget is full (`every` = 1).
+
+    The spare slot at the cursor, whither the cursor returns, is dead afterwards. Also returns the slots that were taken.
+    """
+    keep = budget.per_head(keep, kv.pos.shape[:2], policy.capacity)
+    protect, score = policy.victim(params, state, kv, keep)
+    live, at = kv.pos >= 0, jnp.asarray(policy.capacity, jnp.int32)
+    full = live_count(kv.pos) > keep
+    rank = jnp.where(protect, -select.NEG, jnp.minimum(select.finite(score), -select.NEG / 2))
+    rank = jnp.where(live, rank, jnp.where(full, jnp.inf, -jnp.inf)[..., None])
+    slot = jnp.arange(kv.pos.shape[-1], dtype=jnp.int32)[None, None]
+    rank = jnp.where(slot > at, jnp.inf, rank)
+    # a spare slot that holds a dead row (a finished sequence) goes back to itself
+    victim = jnp.where(jnp.take(kv.pos, at, axis=2) < 0, at, jnp.argmin(rank, -1).astype(jnp.int32))
+
+    def put(x, empty):
+        new = jnp.take(x, at, axis=2)
+        b, g = jnp.indices(victim.shape, sparse=True)
+        x = x.at[b, g, victim].set(new)
+        return jax.lax.dynamic_update_slice_in_dim(x, jnp.full_like(x[:, :, :1], empty), at, 2)
+
+    kv = kv._replace(k=put(kv.k, 0), v=put(kv.v, 0), pos=put(kv.pos, -1), bias=put(kv.bias, 0), cursor=at)
+    return kv, Held(jax.tree.map(lambda x: put(x, 0), state.slots), state.rest), victim
+
+
+class Reader(Method):
+    """Site reader: which slots a query reads. Nothing is lost."""
+
+    block: int = 1
+    raw: bool = False
+
+    def start(self, params, layer: int, kv: KV) -> Any:
+        """Per-layer state, kept over steps."""
+        return ()
+
+    def update(self, params, state, kv: KV, slot: Int[Array, "b g"]) -> Any:
+        """State after the contents of `slot` changed (an append or an eviction)."""
+        return state
+
+    def read(self, params, layer: int, state, carry, q: Float[Array, "b h t d"], kv: KV) -> tuple[Any, Any, KeyIndex | None]:
+        """(state, carry over the layers of a step, blocks to read; None = all)."""
+        raise NotImplementedError(f"{type(self).__name__} must say what to read")
+
+
+class Sparsifier(Method):
+    """Site sparsify: which blocks of keys each block of queries attends to in a prefill."""
+
+    def table(self, params, q: Float[Array, "b h n d"], k: Float[Array, "b g n d"], pos: Int[Array, "b n"]) -> BlockTable:
+        raise NotImplementedError(f"{type(self).__name__} must make a block table")
+
+
+class Attention(Method):
+    """Site attention: a trained attention that replaces a layer's own."""
+
+    def apply(self, params, x: Float[Array, "b n c"], pos: Int[Array, "b n"], mask, state) -> tuple[Array, Any]:
+        raise NotImplementedError(f"{type(self).__name__} must attend")
+
+
+class PromptMethod(Method):
+    """Site prompt: shortens token ids before the model; `apply_fn` runs a draft or the model itself."""
+
+    def run(self, params, apply_fn, ids: Int[Array, "b n"], live: Array) -> tuple[Array, Array]:
+        raise NotImplementedError(f"{type(self).__name__} must return ids and their liveness")
+
+
+class LayerEdit(Method):
+    """Site edits: masks on heads, keys, channels or whole layers."""
+
+    def edit(self, params, cfg) -> dict[str, Array]:
+        raise NotImplementedError(f"{type(self).__name__} must return masks")

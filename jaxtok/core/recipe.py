@@ -1,0 +1,106 @@
+"""Which method acts at which site."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxtok.core import protocols
+from jaxtok.core.types import Needs
+
+_KIND = {
+    "prompt": protocols.PromptMethod,
+    "vit": protocols.Reducer,
+    "select": protocols.Reducer,
+    "layers": protocols.Reducer,
+    "sparsify": protocols.Sparsifier,
+    "attention": protocols.Attention,
+    "cache": protocols.CacheCompressor,
+    "policy": protocols.CachePolicy,
+    "reader": protocols.Reader,
+    "edits": protocols.LayerEdit,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A method for each site; hashable, so a static argument of jit. The empty recipe is the plain model.
+
+    `vit` and `layers` are tuples of (K, method): the method acts before 0-based layer K on the evidence of layer K-1 (`own`
+    evidence: of layer K).
+    """
+
+    prompt: protocols.PromptMethod | None = None
+    vit: tuple[tuple[int, protocols.Reducer], ...] = ()
+    select: protocols.Reducer | None = None
+    layers: tuple[tuple[int, protocols.Reducer], ...] = ()
+    sparsify: protocols.Sparsifier | None = None
+    attention: protocols.Attention | None = None
+    cache: protocols.CacheCompressor | None = None
+    policy: protocols.CachePolicy | None = None
+    reader: protocols.Reader | None = None
+    heads: tuple[tuple[int, ...], ...] = ()
+    edits: tuple[protocols.LayerEdit, ...] = ()
+
+    def __post_init__(self):
+        for field, kind in _KIND.items():
+            value = getattr(self, field)
+            entries = tuple(m for _, m in value) if field in ("vit", "layers") else value if isinstance(value, tuple) else (value,)
+            for method in entries:
+                if method is not None and not isinstance(method, kind):
+                    raise TypeError(f"{field} takes a {kind.__name__}, got {method!r}")
+
+    def init_params(self, key: jax.Array, cfg) -> dict[str, Any]:
+        """Learned weights of every method, for `params["methods"]`: one entry a site, a tuple where a site has several."""
+        out = {}
+        for i, field in enumerate(_KIND):
+            value, sub = getattr(self, field), jax.random.fold_in(key, i)
+            if isinstance(value, tuple):
+                methods = [m[1] if isinstance(m, tuple) else m for m in value]
+                out[field] = tuple(m.init_params(jax.random.fold_in(sub, j), cfg) for j, m in enumerate(methods))
+            elif value is not None:
+                out[field] = value.init_params(sub, cfg)
+        return out
+
+    def replace(self, **changes) -> "Recipe":
+        """A copy with some sites changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def prefill_needs(self) -> Needs:
+        """Evidence that the cache sites read in every layer of a prefill."""
+        needs = Needs()
+        for method in (self.cache, self.policy):
+            needs = needs | method.needs if method is not None else needs
+        return needs
+
+    def validate(self, cfg) -> None:
+        """ValueError where a combination cannot work on a model of configuration `cfg`."""
+        count = cfg.layers
+        for site in ("vit", "layers"):
+            for k, method in getattr(self, site):
+                if site == "layers" and not 0 < k + method.needs.own < count + method.needs.own:
+                    raise ValueError(f"{method.name} acts before layer {k}; a decoder of {count} layers has places 1 to {count - 1}")
+        where = [k for k, _ in self.layers]
+        if len(set(where)) < len(where):
+            raise ValueError(f"two methods act before the same layer: {where}; chain them or move one")
+        for k, method in self.layers:
+            if method.at != "block":
+                raise ValueError(f"{method.name} acts at {method.at!r}; a decoder takes methods that act at 'block'")
+        for site in ("prompt", "sparsify", "attention", "heads", "edits"):
+            if getattr(self, site):
+                raise ValueError(f"the decoder does not take a method at site {site!r} yet")
+        raw = (self.policy is not None and self.policy.raw) or (self.reader is not None and self.reader.raw)
+        if raw and self.cache is not None and getattr(self.cache, "rotates", False):
+            raise ValueError(f"{self.cache.name} moves rotated keys, but they are stored unrotated here; use one or the other")
+        if raw and any(m.positions == "repack" for _, m in self.layers):
+            raise ValueError("keys stored unrotated are placed by order; a pruner that repacks positions would be undone")
+        if raw and self.reader is not None and not self.reader.raw:
+            raise ValueError(f"{self.reader.name} reads rotated keys, but {self.policy.name} stores them unrotated")  # type: ignore[union-attr]
+        if raw and cfg.window is not None:
+            raise ValueError("compact positions and a sliding window contradict each other: distances inside the cache are not the text's")
+        if self.policy is not None and self.cache is not None and self.policy.capacity < getattr(self.cache, "capacity", 0):
+            raise ValueError(
+                f"the cache is compressed to {self.cache.capacity} slots and then cut to the policy's {self.policy.capacity}; "
+                f"give {self.policy.name} at least {self.cache.capacity}"
+            )

@@ -1,0 +1,55 @@
+"""Parts of scores that several methods share. Scores are float32, higher = more important, whatever the model's dtype."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from jaxtok.core import check
+
+REDUCTIONS = {"mean": jnp.mean, "max": jnp.max, "sum": jnp.sum}
+
+
+def to_kv_heads(x: Float[Array, "b h *rest"], g: int, how: str = "mean") -> Float[Array, "b g *rest"]:
+    """Reduce over the h/g query heads that read the same KV head (query head i reads i // (h/g))."""
+    check.one_of("how", how, tuple(REDUCTIONS))
+    b, h = x.shape[:2]
+    if h % g:
+        raise ValueError(f"{h} query heads cannot share {g} KV heads")
+    return REDUCTIONS[how](x.astype(jnp.float32).reshape((b, g, h // g, *x.shape[2:])), axis=2)
+
+
+def pool(x: Float[Array, "*B n"], width: int, kind: str = "avg") -> Float[Array, "*B n"]:
+    """Pooling of odd `width` along the last axis, same length; "avg" divides by `width` and takes zeros past the ends (SnapKV)."""
+    check.one_of("pool kind", kind, ("avg", "max"))
+    if width < 1 or width % 2 == 0:
+        raise ValueError(f"pooling width must be odd and >= 1, got {width}")
+    if width == 1:
+        return x
+    window, stride = (1,) * (x.ndim - 1) + (width,), (1,) * x.ndim
+    half = [(0, 0)] * (x.ndim - 1) + [(width // 2, width // 2)]
+    if kind == "max":
+        return lax.reduce_window(x, -jnp.inf, lax.max, window, stride, half)
+    return lax.reduce_window(x, 0.0, lax.add, window, stride, half) / width
+
+
+def window_attention(
+    rows: Float[Array, "b h w n"], candidate, g: int, *, how: str = "mean", over: str = "mean", width: int = 1, kind: str = "avg"
+) -> Float[Array, "b g n"]:
+    """SnapKV's score: attention of the window's queries, reduced `over` the window, pooled over keys, reduced `how` over the group.
+
+    `candidate` bool [b g n]: rows that are scored; the others count as 0 in the pooling (dead rows and the window itself).
+    """
+    score = jnp.mean(rows, 2) if over == "mean" else jnp.sum(rows, 2) if over == "sum" else jnp.max(rows, 2)
+    group = rows.shape[1] // g
+    score = jnp.where(jnp.repeat(candidate, group, 1), score, 0.0)
+    return to_kv_heads(pool(score, width, kind), g, how)
+
+
+def moments(q: Float[Array, "b h n d"], counted: Bool[Array, "b n"]) -> tuple[Float[Array, "b h d"], Float[Array, "b h d d"]]:
+    """Mean and covariance (divided by the count) of the counted queries of each head, float32; zeros where none is counted."""
+    weight = counted.astype(jnp.float32)
+    number = jnp.maximum(jnp.sum(weight, -1), 1.0)[:, None, None]
+    q = jnp.where(counted[:, None, :, None], q.astype(jnp.float32), 0.0)
+    mean = jnp.sum(q, 2) / number
+    centred = jnp.where(counted[:, None, :, None], q - mean[:, :, None], 0.0)
+    return mean, jnp.einsum("bhni,bhnj->bhij", centred, centred) / number[..., None]

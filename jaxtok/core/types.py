@@ -1,0 +1,156 @@
+"""The objects that every transform takes and returns. State is arrays only; hyper-parameters live on methods and recipes.
+
+Shape letters of the whole library: b batch, n tokens, m kept tokens, h query heads, g KV heads, e = g or h, d head dim,
+c width, s cache slots, t new queries, l layers, w window rows, a = 1 or 3 rotary axes. `*B` is `b` for sequences, `b g` for caches.
+Rows are packed dead first, live last: the last row of a sequence is always its last token.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+TEXT, IMAGE, CROP, FRAME, SPECIAL = range(5)  # values of Tokens.kind
+
+
+class Tokens(NamedTuple):
+    """A batch of token rows with everything that must move with them."""
+
+    x: jax.Array  # [b n c] embeddings or hidden states
+    pos: jax.Array  # i32 [b n] order in the sequence and who may see whom; -1 = dead, and nothing else says so
+    rope: jax.Array  # i32 [b n a] rotary ids
+    size: jax.Array  # f32 [b n] how many source tokens a row stands for; 0 where dead
+    kind: jax.Array  # i8 [b n] TEXT, IMAGE, CROP, FRAME, SPECIAL
+    segment: jax.Array  # i32 [b n] crop, frame, sentence or lexer span; -1 = none
+    cell: jax.Array  # i32 [b n 2] row and column in its grid; -1 = none
+    source: jax.Array  # i32 [b n0] the row in which original token j is now; -1 = dropped
+    seen: jax.Array  # i32 [b] the next order; never the number of live rows
+    delta: jax.Array  # i32 [b] the next rotary id minus `seen`
+    lost: jax.Array  # i32 [b] live rows that a static cap had no room for
+
+
+class Plan(NamedTuple):
+    """How n rows become m. `weight is None` (static) = a selection, applied as a gather; else a segment merge."""
+
+    index: jax.Array  # i32 [*B m] the row whose pos, rope and kind group i takes; -1 = empty row
+    assign: jax.Array  # i32 [*B n] the group that row j goes to; -1 = dropped
+    weight: jax.Array | None  # f32 [*B n] final merge weights (size already in), or None
+    lost: jax.Array  # i32 [*B] rows that were chosen and found no room
+
+
+class DensePlan(NamedTuple):
+    """A many-to-many map of n rows to m; the row of largest weight gives pos, rope and kind."""
+
+    w: jax.Array  # f32 [*B m n], rows sum to 1 (an empty row sums to 0)
+
+
+class KV(NamedTuple):
+    """The cache of one layer, or of one group of its heads. Keys are stored rotated unless the policy is `raw`."""
+
+    k: jax.Array  # [b g s d]
+    v: jax.Array  # [b g s d]
+    pos: jax.Array  # i32 [b g s]; -1 = dead slot
+    bias: jax.Array  # f32 [b g s] log of the number of tokens that a slot stands for; always finite
+    seen: jax.Array  # i32 [b] the next order; never the number of live slots
+    delta: jax.Array  # i32 [b] the next rotary id minus `seen`
+    cursor: jax.Array  # i32 [] the slot that the next key is written to
+    lost: jax.Array  # i32 [b g] live tokens that a static cap had no room for
+
+
+class Part(NamedTuple):
+    """One head group of one layer: its cache, the state of the step policy and of the reader. A layer is a tuple of parts."""
+
+    kv: KV
+    policy: Any = ()
+    reader: Any = ()
+
+
+class Evidence(NamedTuple):
+    """What a model tells a method. Each field is None unless a method's `Needs` asks for it; n = the rows or slots looked at.
+
+    Evidence of several layers (`Needs.layers`) has a leading axis l on every field.
+    """
+
+    rows: jax.Array | None = None  # f32 [b h w n] attention of the last w queries
+    received: jax.Array | None = None  # f32 [b h n] attention summed over all live queries of this call
+    cls: jax.Array | None = None  # f32 [b h n] attention of the first row
+    keys: jax.Array | None = None  # [b g n d] keys before the rotary embedding
+    queries: tuple[jax.Array, jax.Array] | None = None  # f32 mean [b h d], covariance [b h d d], before the rotary embedding
+    hidden: jax.Array | None = None  # [b n c] rows that enter the layer
+    weights: dict[str, jax.Array] | None = None  # the layer's parameters that were asked for by name
+    freqs: jax.Array | None = None  # f32 [rotary_dim / 2] angle per unit of rotary id; always given by a rotary model
+    layer: jax.Array | None = None  # i32 [] 0-based
+    key: jax.Array | None = None  # PRNG key, another for each layer
+
+
+class Needs(NamedTuple):
+    """What a method reads of `Evidence`; `a | b` is what serves both."""
+
+    rows: int = 0  # how many last queries
+    received: bool = False
+    cls: bool = False
+    keys: bool = False
+    queries: int | None = None  # moments over the live queries from this order on (None = not needed)
+    hidden: bool = False
+    weights: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()  # evidence of these 0-based layers instead of the one at hand
+    own: bool = False  # site 3: of the layer that follows, computed on its own input
+
+    def __or__(self, other: "Needs") -> "Needs":  # type: ignore[override]
+        if None not in (self.queries, other.queries) and self.queries != other.queries:
+            raise ValueError(
+                f"one recipe asks for query moments from order {self.queries} and from {other.queries}; give both methods the same sinks"
+            )
+        return Needs(
+            rows=max(self.rows, other.rows),
+            received=self.received or other.received,
+            cls=self.cls or other.cls,
+            keys=self.keys or other.keys,
+            queries=other.queries if self.queries is None else self.queries,
+            hidden=self.hidden or other.hidden,
+            weights=tuple(dict.fromkeys(self.weights + other.weights)),
+            layers=tuple(sorted({*self.layers, *other.layers})),
+            own=self.own or other.own,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protect:
+    """Rows that a selection may not drop: the first `sinks` and the last `recent` by order."""
+
+    sinks: int = 0
+    recent: int = 0
+
+    def __post_init__(self):
+        if self.sinks < 0 or self.recent < 0:
+            raise ValueError(f"protect needs sinks >= 0 and recent >= 0, got sinks={self.sinks}, recent={self.recent}")
+
+    @property
+    def total(self) -> int:
+        return self.sinks + self.recent
+
+    def mask(self, pos: jax.Array, seen: jax.Array) -> jax.Array:
+        """bool like `pos` [b ... n]; `seen` [b]. Dead rows are False."""
+        edge = seen.reshape(seen.shape + (1,) * (pos.ndim - 1)) - self.recent
+        return (pos >= 0) & ((pos < self.sinks) | (pos >= edge))
+
+
+class KeyIndex(NamedTuple):
+    """Which blocks of slots a query reads; entries are ascending where `>= 0`."""
+
+    index: jax.Array  # i32 [b g nb] block numbers; -1 = unused entry
+    rope: jax.Array | None = None  # i32 [b g nb*block] rotary ids to place raw keys at
+    bias: jax.Array | None = None  # f32 [b g nb*block] added to the cache's own bias
+
+
+class BlockTable(NamedTuple):
+    """Blocks of keys that each block of queries attends to in prefill."""
+
+    index: jax.Array  # i32 [b e nq max_blocks]; -1 = unused entry
+    count: jax.Array  # i32 [b e nq]
+
+
+def live_count(pos: jax.Array) -> jax.Array:
+    """i32 [...]: how many of the last axis' rows are live."""
+    return jnp.sum(pos >= 0, axis=-1, dtype=jnp.int32)

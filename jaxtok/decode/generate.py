@@ -1,0 +1,157 @@
+"""Loops over `decoder.step`: generation, teacher-forced replay, chunked prefill. Each is one compiled program for a whole batch."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from jaxtok.core.recipe import Recipe
+from jaxtok.core.types import Tokens
+from jaxtok.decode.sampling import GREEDY, Sampler, sample
+from jaxtok.models import blocks, decoder
+from jaxtok.models.config import Config
+from jaxtok.models.decoder import PLAIN, Layers
+
+
+class Generated(NamedTuple):
+    """What a batch of prompts was continued with."""
+
+    ids: Array  # i32 [b new]; -1 after the end of a sequence
+    count: Array  # i32 [b] ids before the end, the end token included
+    layers: Layers  # the caches; the last id is not in them yet
+
+
+def generate(
+    cfg: Config,
+    params,
+    tokens: Tokens,
+    layers: Layers,
+    recipe: Recipe = PLAIN,
+    *,
+    new: int,
+    sampler: Sampler = GREEDY,
+    key: Array | None = None,
+    eos: tuple[int, ...] | None = None,
+    keep: Mapping[str, Any] | None = None,
+    impl: str = "auto",
+) -> Generated:
+    """Continue every sequence by up to `new` tokens after a `prefill` that returned (tokens, layers).
+
+    Stops a sequence at a token of `eos` (None = cfg.eos, () = never) and the loop when all have stopped. `key` is needed by a
+    sampler that draws. A cache without room counts what it could not hold in `kv.lost`.
+    """
+    if new < 1:
+        raise ValueError(f"new must be >= 1, got {new}")
+    if key is None:
+        if sampler.temperature > 0:
+            raise ValueError(f"sampling at temperature {sampler.temperature} needs key=")
+        key = jax.random.key(0)
+    stop = jnp.asarray(cfg.eos if eos is None else eos, jnp.int32)
+    b = tokens.seen.shape[0]
+    began = tokens.pos[:, -1] >= 0  # an empty prompt generates nothing
+
+    def draw(i, x):
+        return sample(sampler, jax.random.fold_in(key, i), decoder.logits(cfg, params, x[:, -1:])[:, 0])
+
+    def more(state):
+        i, _, _, _, _, running = state
+        return (i < new) & jnp.any(running)
+
+    def one(state):
+        i, out, count, x, layers, running = state
+        # the id drawn last is appended here, so that the id of the last round costs no pass of its own
+        token = draw(i, x)
+        out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(running, token, -1)[:, None], i, 1)
+        count = count + running
+        running = running & ~jnp.any(token[:, None] == stop[None], -1)
+        last = (i + 1 >= new) | ~jnp.any(running)
+
+        def advance(layers):
+            ids = jnp.where(running, token, 0)[:, None]
+            return decoder.step(
+                cfg, params, blocks.embed(cfg, params, ids), running[:, None], layers, recipe, keep=keep, key=jax.random.fold_in(key, new + i), impl=impl
+            )
+
+        x, layers = jax.lax.cond(last, lambda layers: (x, layers), advance, layers)
+        return i + 1, out, count, x, layers, running
+
+    start = (jnp.zeros((), jnp.int32), jnp.full((b, new), -1, jnp.int32), jnp.zeros((b,), jnp.int32), tokens.x[:, -1:], layers, began)
+    _, out, count, _, layers, _ = jax.lax.while_loop(more, one, start)
+    return Generated(out, count, layers)
+
+
+def replay(
+    cfg: Config,
+    params,
+    tokens: Tokens,
+    layers: Layers,
+    ids: Int[Array, "b t"],
+    recipe: Recipe = PLAIN,
+    *,
+    live: Bool[Array, "b t"] | None = None,
+    take: Callable[[Array], Any] = lambda logits: logits,
+    key: Array | None = None,
+    keep: Mapping[str, Any] | None = None,
+    impl: str = "auto",
+) -> tuple[Any, Layers]:
+    """Teacher forcing: append given ids one step at a time, as generation would.
+
+    Returns `take(logits f32 [b vocab])` stacked on axis 0 for the t predictions of ids[:, 0], ..., ids[:, t-1] (the first comes
+    from the prefill), and the caches. Use `take` to keep less than the whole vocabulary.
+    """
+    live = jnp.ones(ids.shape, bool) if live is None else live
+    key = jax.random.key(0) if key is None else key
+
+    def one(state, row):
+        x, layers, i = state
+        seen = take(decoder.logits(cfg, params, x)[:, 0])
+        y = blocks.embed(cfg, params, row[0][:, None])
+        x, layers = decoder.step(cfg, params, y, row[1][:, None], layers, recipe, keep=keep, key=jax.random.fold_in(key, i), impl=impl)
+        return (x, layers, i + 1), seen
+
+    (_, layers, _), out = jax.lax.scan(one, (tokens.x[:, -1:], layers, jnp.zeros((), jnp.int32)), (ids.T, live.T))
+    return out, layers
+
+
+def prefill_chunked(
+    cfg: Config,
+    params,
+    ids: Int[Array, "b n"],
+    live: Bool[Array, "b n"] | None = None,
+    recipe: Recipe = PLAIN,
+    *,
+    chunk: int,
+    new: int,
+    keep: Mapping[str, Any] | None = None,
+    key: Array | None = None,
+    impl: str = "auto",
+) -> tuple[Tokens, Layers]:
+    """`embed` and `prefill` in chunks of `chunk` rows: activations take the memory of one chunk, the cache that of the prompt.
+
+    The caches are compressed with the last chunk, whose queries are the window that a method sees; a step policy observes all.
+    ValueError for methods that need evidence of the whole prompt at once, and for pruning between layers.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be >= 1, got {chunk}")
+    needs = recipe.cache.needs if recipe.cache is not None else PLAIN.prefill_needs
+    if needs.received or needs.cls or needs.keys or needs.hidden or needs.queries is not None or needs.rows > chunk:
+        raise ValueError(f"{recipe.cache.name} needs more of the prompt than its last chunk of {chunk} rows; prefill it at once")  # type: ignore[union-attr]
+    live = jnp.ones(ids.shape, bool) if live is None else live
+    b, n = ids.shape
+    extra = -n % chunk
+    ids, live = (jnp.pad(x, ((0, 0), (extra, 0))) for x in (ids, live))
+    count = (n + extra) // chunk
+    head = recipe.replace(cache=None, reader=None)
+    layers = decoder.empty(cfg, params, b, (count - 1) * chunk, head)
+
+    def one(layers, part):
+        x, alive = blocks.embed(cfg, params, part[0]), part[1]
+        return decoder.step(cfg, params, x, alive, layers, head, key=key, evict=False, impl=impl)[1], None
+
+    split = lambda x: jnp.swapaxes(x.reshape(b, count, chunk), 0, 1)
+    if count > 1:
+        layers, _ = jax.lax.scan(one, layers, (split(ids)[:-1], split(live)[:-1]))
+    tokens = decoder.embed(cfg, params, ids[:, -chunk:], live[:, -chunk:])
+    return decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers if count > 1 else None, keep=keep, key=key, impl=impl)

@@ -1,0 +1,284 @@
+"""The parts of a decoder as pure functions of (cfg, parameters, arrays), and the parallel pass without a cache.
+
+Parameters are one plain nested dict (weights are [in, out], y = x @ w; c, h, g, d, f, l as in `Config`):
+
+    {"embed": [vocab c], "norm": [c], "head": [c vocab] (absent when cfg.tied),
+     "layers": a tuple of l dicts, or one dict whose arrays have a leading l axis (see `stack`)}
+
+    a layer: attn_norm [c], q [c h*d], k [c g*d], v [c g*d], o [h*d c], mlp_norm [c], gate [c f], up [c f], down [f c]
+             qkv_bias: q_bias [h*d], k_bias [g*d], v_bias [g*d];  qk_norm: q_norm [d], k_norm [d];
+             sandwich: attn_post_norm [c], mlp_post_norm [c]
+
+The tuple is for inference (unrolled), the stacked dict for training (scanned). Activations have the parameters' dtype;
+norms, rotations and logits are computed in float32.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.models.config import Config
+from jaxtok.ops.attention import attention
+
+Params = dict[str, Any]
+
+_NO_WINDOW = 2**30  # a traced window no distance reaches; the scan needs one dtype for local and global layers
+
+
+def norm(x: Float[Array, "*b c"], w: Float[Array, " c"], eps: float, offset: float = 0.0) -> Float[Array, "*b c"]:
+    """RMS norm over the last axis, x / rms(x) * (w + offset): float32 inside, x's dtype outside."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * (w.astype(jnp.float32) + offset).reshape((1,) * (x.ndim - 1) + w.shape)).astype(x.dtype)
+
+
+# --- rotary positions -------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _frequencies(cfg: Config, local: bool) -> np.ndarray:
+    r = cfg.head_dim if cfg.rotary_dim is None else cfg.rotary_dim
+    theta = cfg.rope_theta_local if local and cfg.rope_theta_local is not None else cfg.rope_theta
+    freq = theta ** (-np.arange(0, r, 2, dtype=np.float64) / r)
+    # Gemma3's local layers keep their own unscaled base; Mistral-like local layers have no base of their own.
+    s = None if local and cfg.rope_theta_local is not None else cfg.rope_scaling
+    if s is not None and s.kind == "linear":
+        freq = freq / s.factor
+    elif s is not None:  # llama3: long wavelengths are interpolated, short ones kept, a linear ramp between
+        turns = s.original_context * freq / (2 * math.pi)
+        smooth = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
+        freq = (1 - smooth) * freq / s.factor + smooth * freq
+    out = freq.astype(np.float32)
+    out.flags.writeable = False
+    return out
+
+
+def frequencies(cfg: Config, layer: int) -> np.ndarray:
+    """Radians a position of 0-based `layer`, f32 [r/2] with r = rotary_dim: theta**(-2i/r), scaled as cfg.rope_scaling says."""
+    return _frequencies(cfg, bool(cfg.local) and cfg.local[layer])
+
+
+def rotate_by(
+    x: Float[Array, "b e n d"], ids: Int[Array, "*i"], freq: Float[Array | np.ndarray, " r"], axes: Sequence[int] | None = None
+) -> Float[Array, "b e n d"]:
+    """Rotate channel i against channel i + r (half-split convention) of each head by ids * freq[i]; channels from 2r on pass.
+
+    `ids` are rotary ids [b n], or [b n a] (a rotary axes), or [b e n a] when heads differ. `axes` names for each of the r
+    frequencies the rotary axis it follows (M-RoPE); None = axis 0, which needs a = 1. Negative ids (dead rows) are harmless.
+    Computed in float32. rotate_by(., -ids) undoes it, and rotations add: re-placing a key from i to j is ids = j - i.
+    """
+    r = freq.shape[0]
+    if ids.ndim == 2:
+        ids = ids[..., None]
+    if ids.ndim == 3:
+        ids = ids[:, None]
+    a = ids.shape[-1]
+    if axes is None and a != 1:
+        raise ValueError(f"ids have {a} rotary axes; name the axis of each of the {r} frequencies with axes=")
+    if axes is not None and (len(axes) != r or min(axes) < 0 or max(axes) >= a):
+        raise ValueError(f"axes has {len(axes)} entries in {min(axes)}..{max(axes)}; need {r} entries, each in 0..{a - 1}")
+    place = ids if axes is None else ids[..., np.asarray(axes)]
+    angle = place.astype(jnp.float32) * jnp.asarray(freq)[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    y = x[..., : 2 * r].astype(jnp.float32)
+    lo, hi = y[..., :r], y[..., r:]
+    y = jnp.concatenate([lo * cos - hi * sin, hi * cos + lo * sin], axis=-1).astype(x.dtype)
+    return y if 2 * r == x.shape[-1] else jnp.concatenate([y, x[..., 2 * r :]], axis=-1)
+
+
+def rotate(
+    cfg: Config, layer: int, x: Float[Array, "b e n d"], ids: Int[Array, "*i"], axes: Sequence[int] | None = None
+) -> Float[Array, "b e n d"]:
+    """`rotate_by` with the frequencies of 0-based `layer` (Gemma3's local layers have their own base)."""
+    return rotate_by(x, ids, frequencies(cfg, layer), axes)
+
+
+# --- the halves of a layer --------------------------------------------------------------------------------------------
+
+
+def _linear(p: Params, name: str, x: Array) -> Array:
+    y = x @ p[name]
+    return y + p[name + "_bias"][None, None] if name + "_bias" in p else y
+
+
+def qkv(
+    cfg: Config, p: Params, x: Float[Array, "b n c"]
+) -> tuple[Float[Array, "b h n d"], Float[Array, "b g n d"], Float[Array, "b g n d"]]:
+    """Queries, keys and values of a layer from the residual stream x: norm, projections with biases, q/k norms; NOT rotated."""
+    b, n, _ = x.shape
+    y = norm(x, p["attn_norm"], cfg.norm_eps, cfg.norm_offset)
+    q, k, v = (_linear(p, name, y).reshape(b, n, -1, cfg.head_dim).transpose(0, 2, 1, 3) for name in "qkv")
+    if cfg.qk_norm:
+        q, k = norm(q, p["q_norm"], cfg.norm_eps, cfg.norm_offset), norm(k, p["k_norm"], cfg.norm_eps, cfg.norm_offset)
+    return q, k, v
+
+
+def out_proj(cfg: Config, p: Params, x: Float[Array, "b n c"], o: Float[Array, "b h n d"]) -> Float[Array, "b n c"]:
+    """x + the output projection of the attended values o (normed after, with cfg.sandwich)."""
+    b, _, n, _ = o.shape
+    y = o.transpose(0, 2, 1, 3).reshape(b, n, -1) @ p["o"]
+    return x + (norm(y, p["attn_post_norm"], cfg.norm_eps, cfg.norm_offset) if cfg.sandwich else y)
+
+
+def mlp(cfg: Config, p: Params, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    """x + down(act(gate(y)) * up(y)), y = norm(x) (normed after, with cfg.sandwich)."""
+    y = norm(x, p["mlp_norm"], cfg.norm_eps, cfg.norm_offset)
+    gate = y @ p["gate"]
+    gate = jax.nn.silu(gate) if cfg.act == "silu" else jax.nn.gelu(gate, approximate=True)
+    y = (gate * (y @ p["up"])) @ p["down"]
+    return x + (norm(y, p["mlp_post_norm"], cfg.norm_eps, cfg.norm_offset) if cfg.sandwich else y)
+
+
+# --- the ends ---------------------------------------------------------------------------------------------------------
+
+
+def embed(cfg: Config, params: Params, ids: Int[Array | np.ndarray, "b n"]) -> Float[Array, "b n c"]:
+    """Token embeddings times embed_scale (rounded to their dtype, as Gemma does). Ids of dead rows may be anything in range."""
+    x = params["embed"][ids]
+    return x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, x.dtype)
+
+
+def logits(cfg: Config, params: Params, x: Float[Array, "b n c"]) -> Float[Array, "b n vocab"]:
+    """Final norm, output head (the embedding when tied), soft-cap: float32 logits of the next token. Slice x first to save work."""
+    y = norm(x, params["norm"], cfg.norm_eps, cfg.norm_offset)
+    if cfg.tied:
+        z = jnp.einsum("bnc,vc->bnv", y, params["embed"], preferred_element_type=jnp.float32)
+    else:
+        z = jnp.matmul(y, params["head"], preferred_element_type=jnp.float32)
+    return z if cfg.logit_softcap is None else cfg.logit_softcap * jnp.tanh(z / cfg.logit_softcap)
+
+
+# --- whole parameters -------------------------------------------------------------------------------------------------
+
+
+def layer_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the arrays of one layer."""
+    c, d, f, q, kv = cfg.width, cfg.head_dim, cfg.hidden, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    out: dict[str, tuple[int, ...]] = {"attn_norm": (c,), "q": (c, q), "k": (c, kv), "v": (c, kv), "o": (q, c)}
+    out |= {"mlp_norm": (c,), "gate": (c, f), "up": (c, f), "down": (f, c)}
+    if cfg.qkv_bias:
+        out |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
+    if cfg.qk_norm:
+        out |= {"q_norm": (d,), "k_norm": (d,)}
+    if cfg.sandwich:
+        out |= {"attn_post_norm": (c,), "mlp_post_norm": (c,)}
+    return out
+
+
+def shapes(cfg: Config) -> Params:
+    """The tree of shapes of `params` (layers as a tuple): what `init` makes and `load` demands."""
+    out: Params = {"embed": (cfg.vocab, cfg.width), "layers": tuple(layer_shapes(cfg) for _ in range(cfg.layers)), "norm": (cfg.width,)}
+    return out if cfg.tied else out | {"head": (cfg.width, cfg.vocab)}
+
+
+def is_shape(node: Any) -> bool:
+    """Whether a node of `shapes` is a shape and not the tuple of layers."""
+    return isinstance(node, tuple) and all(isinstance(i, int) for i in node)
+
+
+def init(cfg: Config, key: Array, dtype: Any = jnp.float32, *, embed_std: float | None = None) -> Params:
+    """Random parameters, layers as a tuple: matrices N(0, 1/in), those that write the residual stream (o, down) divided by
+    sqrt(2 l), norms 1, biases 0, embeddings N(0, embed_std**2) with embed_std = c**-0.5 (logits of order one when tied).
+    """
+
+    def draw(key, name, shape):
+        if len(shape) == 1:
+            return jnp.full(shape, 1.0 - cfg.norm_offset if name.endswith("norm") else 0.0, dtype)
+        std = shape[0] ** -0.5 / (math.sqrt(2 * cfg.layers) if name in ("o", "down") else 1.0)
+        if name == "embed":
+            std = cfg.width**-0.5 if embed_std is None else embed_std
+        return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(cfg), is_leaf=is_shape)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([draw(k, path[-1].key, shape) for k, (path, shape) in zip(keys, leaves, strict=True)])
+
+
+def stack(params: Params) -> Params:
+    """Layers as ONE dict with a leading l axis (what training scans); already stacked parameters come back as they are."""
+    if isinstance(params["layers"], dict):
+        return params
+    return params | {"layers": jax.tree.map(lambda *a: jnp.stack(a), *params["layers"])}
+
+
+def unstack(params: Params) -> Params:
+    """Layers as a tuple (what inference unrolls): the inverse of `stack`."""
+    layers = params["layers"]
+    if not isinstance(layers, dict):
+        return params
+    n = next(iter(layers.values())).shape[0]
+    return params | {"layers": tuple({name: a[i] for name, a in layers.items()} for i in range(n))}
+
+
+# --- the parallel pass ------------------------------------------------------------------------------------------------
+
+
+def positions(live: Bool[Array | np.ndarray, "b n"]) -> Int[Array, "b n"]:
+    """Order of each live row among the live ones, -1 for dead rows: padding may stand left, right or between."""
+    return jnp.where(live, jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1, -1)
+
+
+def _layer(cfg: Config, p: Params, x: Array, pos: Array, freq: Any, window: Any) -> Array:
+    q, k, v = qkv(cfg, p, x)
+    q, k = rotate_by(q, pos, freq), rotate_by(k, pos, freq)
+    out, _ = attention(q, k, v, q_pos=pos, k_pos=pos, window=window, softcap=cfg.softcap, scale=cfg.scale, diagonal=0)
+    return mlp(cfg, p, out_proj(cfg, p, x, out))
+
+
+def hidden(
+    cfg: Config,
+    params: Params,
+    ids: Int[Array | np.ndarray, "b n"],
+    live: Bool[Array | np.ndarray, "b n"] | None = None,
+    *,
+    remat: bool = True,
+) -> Float[Array, "b n c"]:
+    """The residual stream after the last layer (before the final norm) of the causal pass over whole sequences, without a cache.
+
+    live marks the real tokens (None = all); padding may stand left or right, positions count live rows only. Rows that are
+    dead come out finite and meaningless. Stacked layers are scanned, a tuple is unrolled; remat recomputes each layer's
+    inside in the backward pass, so that memory is one residual stream a layer.
+    """
+    if live is not None and live.shape != ids.shape:
+        raise ValueError(f"live {live.shape} must have the shape of ids {ids.shape}")
+    pos = positions(jnp.ones(ids.shape, bool) if live is None else live)
+    x = embed(cfg, params, ids)
+    run = functools.partial(_layer, cfg)
+    layers = params["layers"]
+    freqs = [frequencies(cfg, i) for i in range(cfg.layers)]
+    windows = [cfg.layer_window(i) for i in range(cfg.layers)]
+    if not isinstance(layers, dict):
+        if len(layers) != cfg.layers:
+            raise ValueError(f"params have {len(layers)} layers, cfg says {cfg.layers}")
+        for p, freq, window in zip(layers, freqs, windows, strict=True):
+            # window is static here: attention may skip blocks by it
+            f = lambda p, x, pos, freq=freq, window=window: run(p, x, pos, freq, window)
+            x = (jax.checkpoint(f) if remat else f)(p, x, pos)
+        return x
+    if len(set(windows)) == 1 and len({f.tobytes() for f in freqs}) == 1:
+        body = lambda x, p: (run(p, x, pos, freqs[0], windows[0]), None)
+        xs = layers
+    else:
+        body = lambda x, s: (run(s[0], x, pos, s[1], s[2]), None)
+        table = [_NO_WINDOW if w is None else w for w in windows]
+        xs = (layers, jnp.asarray(np.stack(freqs)), jnp.asarray(table, jnp.int32))
+    # prevent_cse is needed outside a scan only
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, xs)[0]
+
+
+def forward(
+    cfg: Config,
+    params: Params,
+    ids: Int[Array | np.ndarray, "b n"],
+    live: Bool[Array | np.ndarray, "b n"] | None = None,
+    *,
+    remat: bool = True,
+) -> Float[Array, "b n vocab"]:
+    """Logits f32 of the next token at every row: `logits` of `hidden`."""
+    return logits(cfg, params, hidden(cfg, params, ids, live, remat=remat))

@@ -1,0 +1,203 @@
+"""Grouped-query attention over positions, with its logsumexp, in memory O(block); and the monoid that merges partial results."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from jaxtok.ops._chunked import (
+    Spec,
+    add,
+    as_window,
+    check,
+    dot,
+    finite,
+    fold,
+    group,
+    logits,
+    make_spec,
+    origin,
+    pad,
+    prepare,
+    probs,
+    put,
+    take,
+    walk,
+)
+
+_PLATFORMS = {"pallas_tpu": "TPU", "pallas_gpu": "NVIDIA GPU", "interpret": "the Pallas interpreter"}
+
+
+def attention(
+    q: Float[Array, "b h t d"],
+    k: Float[Array, "b g s d"],
+    v: Float[Array, "b g s d"],
+    *,
+    q_pos: Int32[Array, "b t"],
+    k_pos: Int32[Array, "b s"] | Int32[Array, "b g s"],
+    bias: Float32[Array, "b g s"] | None = None,
+    causal: bool = True,
+    window: int | Int32[Array, ""] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    diagonal: int | None = None,
+    out_dtype: DTypeLike | None = None,
+    impl: str = "auto",
+) -> tuple[Float[Array, "b h t d"], Float32[Array, "b h t"]]:
+    """Attention of queries to the keys that their positions let them see, and the logsumexp of the logits.
+
+        visible(i, j) = q_pos[i] >= 0 and k_pos[j] >= 0 and (not causal or k_pos[j] <= q_pos[i])
+                        and (window is None or q_pos[i] - k_pos[j] < window)
+        logit(i, j)   = softcap(scale * q_i . k_j) + bias[j],   softcap(x) = c tanh(x / c)
+        out_i         = sum_j exp(logit(i, j) - lse_i) v_j,     lse_i = log sum_j exp(logit(i, j)),   both over visible j
+
+    Query head i reads KV head i // (h/g). Positions are the only mask: order in memory does not matter, and -1 is a dead row. A query
+    that sees nothing gets out 0 and lse -inf; what lies in dead rows never matters as long as it is finite.
+
+    Args:
+      q, k, v: one floating dtype. Logits, softmax and sums are float32 whatever it is; probabilities meet v in v's dtype.
+      bias: added after the soft-cap, always finite (the log of the number of tokens that a slot stands for).
+      window: a static int, or an i32 scalar that may be traced (2**31 - 1 = everything).
+      softcap: c above; None = none.
+      scale: of q . k; None = d ** -0.5.
+      diagonal: promises that key row j > query row i + diagonal is never visible, so blocks beyond it are not computed: 0 for causal
+        self-attention over packed rows, the number of earlier rows for a chunk after a prefix. A false promise drops those keys.
+      out_dtype: of out; None = q's.
+      impl: "auto" and "xla" are the same today; kernels take the other names.
+
+    Gradients reach q, k, v and bias, from out and from lse. Nothing of size t x s is kept: the backward pass recomputes each block from
+    q, k, v, out and lse. Blocks whose positions cannot meet are skipped at run time when there is a window, or when a causal call has
+    no `diagonal` (a cache that is mostly empty).
+
+    Raises:
+      ValueError: shapes, dtypes, window or impl are wrong.
+      NotImplementedError: the kernel named by `impl` does not exist yet.
+
+    Source: FlashAttention-2, arXiv:2307.08691 (online softmax, recomputed backward), written as XLA loops.
+    """
+    if impl in _PLATFORMS:
+        raise NotImplementedError(f"impl={impl!r}: attention has no kernel for {_PLATFORMS[impl]} yet; use impl='xla' or 'auto'")
+    if impl not in ("auto", "xla"):
+        raise ValueError(f"impl is {impl!r}; it must be one of auto, xla, {', '.join(_PLATFORMS)}")
+    check(q, k, q_pos, k_pos, v=v, bias=bias, softcap=softcap, diagonal=diagonal)
+    dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"out_dtype is {dtype}; it must be a floating dtype")
+    if not q.size or not k.size:  # nothing to read, or nobody to read it
+        return jnp.zeros(q.shape, dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
+    return _attention(spec, dtype, q, k, v, q_pos, k_pos, bias, as_window(window))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(spec: Spec, dtype, q, k, v, q_pos, k_pos, bias, window):
+    x = prepare(spec, q, k, q_pos, k_pos, bias, window)
+    v = pad(v, spec.block, 2)
+    b, g, r, rows, d = x.q.shape
+    zero = origin(q, k, v, q_pos, k_pos, bias, window)
+
+    def step(carry, i, j, first, guard):
+        out, lse, top, total, acc = carry
+        top = jnp.where(first, -jnp.inf, top)  # also clears total and acc: their factor below is exp(-inf)
+
+        def update(top, total, acc):
+            y = fold(logits(spec, x, i, j)[0])
+            new = jnp.maximum(top, y.max(-1))
+            safe = finite(new)
+            p, fade = jnp.exp(y - safe[..., None]), jnp.exp(top - safe)
+            value = dot(p.astype(v.dtype), take(v, j, spec.block, 2), 3, 2)
+            return new, total * fade + p.sum(-1), acc * fade[..., None] + value
+
+        top, total, acc = guard(update, top, total, acc, otherwise=(top, total, acc))
+        live = top > -jnp.inf
+        norm = jnp.where(live, total, 1)
+        part = jnp.where(live[..., None], acc / norm[..., None], 0).astype(dtype)
+        out = put(out, part.reshape(b, g, r, spec.chunk, d), i, 3)
+        lse = put(lse, jnp.where(live, top + jnp.log(norm), -jnp.inf).reshape(b, g, r, spec.chunk), i, 3)
+        return out, lse, top, total, acc
+
+    out, lse = jnp.full((b, g, r, rows, d), zero, dtype), jnp.full((b, g, r, rows), zero - jnp.inf)
+    chunk = jnp.full((b, g, r * spec.chunk), zero)
+    out, lse, *_ = walk(spec, x, step, (out, lse, chunk, chunk, jnp.full((*chunk.shape, d), zero)))
+    return out[:, :, :, : q.shape[2]].reshape(q.shape), lse[..., : q.shape[2]].reshape(q.shape[:3])
+
+
+def _forward(spec, dtype, *args):
+    out, lse = _attention(spec, dtype, *args)
+    return (out, lse), (*args, out, lse)
+
+
+def _backward(spec, dtype, saved, cotangents):
+    q, k, v, q_pos, k_pos, bias, window, out, lse = saved
+    x = prepare(spec, q, k, q_pos, k_pos, bias, window)
+    g = k.shape[1]
+    live = lse > -jnp.inf
+    # A row that sees nothing is a constant: its cotangents, which may be NaN (log 0, 0/0 in the caller), stop here.
+    dout = jnp.where(live[..., None], cotangents[0], 0)
+    shift = jnp.where(live, (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - cotangents[1], 0)
+    dout, shift, lse = (pad(group(a, g), spec.chunk, 3) for a in (dout.astype(v.dtype), shift, finite(lse)))
+    values = pad(v, spec.block, 2)
+    zero = origin(q, k, v, q_pos, k_pos, bias, window, *cotangents)
+
+    def step(carry, i, j, first, guard):
+        dq, dk, dv, dbias = carry
+
+        def update():
+            p, slope = probs(spec, x, lse, i, j)
+            qi, doi = (fold(take(a, i, spec.chunk, 3)) for a in (x.q, dout))
+            kj, vj = (take(a, j, spec.block, 2) for a in (x.k, values))
+            ds = p * (dot(doi, vj, 3, 3).reshape(p.shape) - take(shift, i, spec.chunk, 3)[..., None])
+            to_bias = None if bias is None else ds.sum((2, 3))
+            ds = fold((ds if slope is None else ds * slope) * spec.scale).astype(k.dtype)
+            to_q = dot(ds, kj, 3, 2).reshape(*p.shape[:4], q.shape[3])
+            return to_q, dot(ds, qi, 2, 2), dot(fold(p).astype(v.dtype), doi, 2, 2), to_bias
+
+        nothing = jax.tree.map(lambda a: jnp.full(a.shape, zero), jax.eval_shape(update))
+        to_q, to_k, to_v, to_bias = guard(update, otherwise=nothing)
+        dbias = None if bias is None else add(dbias, to_bias, j, 2)
+        return add(dq, to_q, i, 3), add(dk, to_k, j, 2), add(dv, to_v, j, 2), dbias
+
+    grown = jnp.full(x.k.shape, zero)
+    init = (jnp.full(x.q.shape, zero), grown, grown, None if bias is None else jnp.full(x.bias.shape, zero))
+    dq, dk, dv, dbias = walk(spec, x, step, init)
+    t, s = q.shape[2], k.shape[2]
+    dq = dq[:, :, :, :t].reshape(q.shape).astype(q.dtype)
+    dbias = None if dbias is None else dbias[..., :s]
+    return dq, dk[:, :, :s].astype(k.dtype), dv[:, :, :s].astype(v.dtype), None, None, dbias, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def merge(
+    out_a: Float[Array, "*batch d"], lse_a: Float32[Array, "*batch"], out_b: Float[Array, "*batch d"], lse_b: Float32[Array, "*batch"]
+) -> tuple[Float[Array, "*batch d"], Float32[Array, "*batch"]]:
+    """Attention over the union of two disjoint sets of keys from the attention over each.
+
+        lse = log(exp(lse_a) + exp(lse_b)),   out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+
+    Associative and commutative; the identity is (0, -inf), and a side with lse -inf counts for nothing whatever its out holds. Computed
+    in float32, returned in the dtype of the outs. Gradients are finite with -inf on either or both sides.
+
+    Raises:
+      ValueError: the sides differ in shape or dtype.
+    """
+    if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape or out_a.shape[:-1] != lse_a.shape:
+        shapes = [list(x.shape) for x in (out_a, lse_a, out_b, lse_b)]
+        raise ValueError(f"out_a, lse_a, out_b, lse_b are {shapes}; both sides must be [... d] and [...]")
+    if out_a.dtype != out_b.dtype:
+        raise ValueError(f"out_a is {out_a.dtype} and out_b is {out_b.dtype}; ask attention for one out_dtype")
+    top = finite(lax.stop_gradient(jnp.maximum(lse_a, lse_b)))
+    a, b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
+    some = a + b > 0
+    total = jnp.where(some, a + b, 1)
+
+    def part(weight, out):
+        share = (weight / total)[..., None]
+        return share * jnp.where(share > 0, out.astype(jnp.float32), 0)
+
+    out = part(a, out_a) + part(b, out_b)
+    return out.astype(out_a.dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)

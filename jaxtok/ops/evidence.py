@@ -1,0 +1,107 @@
+"""What attention tells about its keys, recomputed from q, k and the saved logsumexp in a second pass; nothing of size n x n exists."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from jaxtok.ops._chunked import add, as_window, check, finite, group, make_spec, origin, pad, prepare, probs, walk
+
+
+def received(
+    q: Float[Array, "b h t d"],
+    k: Float[Array, "b g s d"],
+    lse: Float32[Array, "b h t"],
+    *,
+    q_pos: Int32[Array, "b t"],
+    k_pos: Int32[Array, "b s"] | Int32[Array, "b g s"],
+    bias: Float32[Array, "b g s"] | None = None,
+    causal: bool = True,
+    window: int | Int32[Array, ""] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    diagonal: int | None = None,
+) -> Float32[Array, "b h s"]:
+    """Attention that each key receives: column sums of the attention matrix over all live queries.
+
+        received[j] = sum_i exp(logit(i, j) - lse_i)   over the queries i that see j
+
+    `lse` and every other argument are those of the `attention` call. Dead keys and dead queries give zero; the sum over j is the number
+    of queries that see something. Memory O(block) in t and s, in the gradient too.
+
+    Raises:
+      ValueError: shapes, dtypes or window are wrong.
+    """
+    check(q, k, q_pos, k_pos, bias=bias, lse=lse, softcap=softcap, diagonal=diagonal)
+    b, h = q.shape[:2]
+    g, s = k.shape[1:3]
+    if not q.size or not k.size:
+        return jnp.zeros((b, h, s), jnp.float32)
+    spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
+    x = prepare(spec, q, k, q_pos, k_pos, bias, as_window(window))
+    saved = pad(finite(group(lse, g)), spec.chunk, 3)
+    zero = origin(q, k, lse, q_pos, k_pos, bias, x.window)
+
+    @jax.checkpoint  # the gradient recomputes a block rather than keeping all of them
+    def column_sums(x, saved, i, j):
+        return probs(spec, x, saved, i, j)[0].sum(3)
+
+    def step(total, i, j, first, guard):
+        nothing = jnp.full((b, g, h // g, spec.block), zero)
+        return add(total, guard(column_sums, x, saved, i, j, otherwise=nothing), j, 3)
+
+    total = walk(spec, x, step, jnp.full((b, g, h // g, x.k.shape[2]), zero))
+    return total[..., :s].reshape(b, h, s)
+
+
+def rows(
+    q_last: Float[Array, "b h w d"],
+    k: Float[Array, "b g s d"],
+    lse_last: Float32[Array, "b h w"],
+    *,
+    q_pos: Int32[Array, "b w"],
+    k_pos: Int32[Array, "b s"] | Int32[Array, "b g s"],
+    bias: Float32[Array, "b g s"] | None = None,
+    causal: bool = True,
+    window: int | Int32[Array, ""] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Float32[Array, "b h w s"]:
+    """Rows of the attention matrix: exp(logit(i, j) - lse_i) for the w queries given, usually the last ones (`q[:, :, -w:]`, `lse[..., -w:]`).
+
+    Arguments as in `attention`, cut to the same queries. Dead queries and dead keys give zero; a row that sees something sums to 1.
+
+    Raises:
+      ValueError: shapes, dtypes or window are wrong.
+    """
+    check(q_last, k, q_pos, k_pos, bias=bias, lse=lse_last, softcap=softcap)
+    b, h, w, _ = q_last.shape
+    g, s = k.shape[1:3]
+    # The result itself is w x s, so one block.
+    spec = make_spec(q_last, k, causal=causal, softcap=softcap, scale=scale, diagonal=None, whole=True)
+    x = prepare(spec, q_last, k, q_pos, k_pos, bias, as_window(window))
+    return probs(spec, x, finite(group(lse_last, g)), 0, 0)[0].reshape(b, h, w, s)
+
+
+def pool(
+    x: Float[Array, "*batch s"], width: int, kind: str = "avg", live: Bool[Array, "*batch s"] | None = None
+) -> Float[Array, "*batch s"]:
+    """Pools scores over the `width` keys around each, stride 1, same length.
+
+    "avg" divides by `width` everywhere, the ends included (zero padding that counts, as in SnapKV's official code); "max" ignores what
+    lies beyond the ends. Dead keys enter as zero and get zero.
+
+    Raises:
+      ValueError: the width is not odd and positive, or the kind is unknown.
+    """
+    if width < 1 or width % 2 == 0:
+        raise ValueError(f"width is {width}; it must be odd and positive, so that the pooled scores stay centred")
+    if kind not in ("avg", "max"):
+        raise ValueError(f"kind is {kind!r}; it must be 'avg' or 'max'")
+    x = x if live is None else jnp.where(live, x, 0)
+    size, ends = (1,) * (x.ndim - 1) + (width,), ((0, 0),) * (x.ndim - 1) + ((width // 2,) * 2,)
+    if kind == "avg":
+        y = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, size, (1,) * x.ndim, ends) / width
+    else:
+        y = lax.reduce_window(x, jnp.full((), -jnp.inf, x.dtype), lax.max, size, (1,) * x.ndim, ends)
+    return y if live is None else jnp.where(live, y, 0)

@@ -1,0 +1,1 @@
+"""Pallas kernels behind jaxtok.ops."""
