@@ -6,6 +6,7 @@ import pathlib
 import jax
 import pytest
 
+jax.config.update("jax_num_cpu_devices", 2)  # sharding laws
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

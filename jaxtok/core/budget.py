@@ -6,10 +6,10 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from jaxtok.core import check
+from jaxtok.core import check, select
 
 
-def capacity(ratio: float, n: int) -> int:
+def capacity(ratio: float | int, n: int) -> int:
     """Static capacity for a kept fraction `ratio` in (0, 1] of `n` rows."""
     check.between("ratio", ratio, 0.0, 1.0)
     check.at_least("n", n, 1)
@@ -17,7 +17,7 @@ def capacity(ratio: float, n: int) -> int:
     return max(1, math.floor(Fraction(str(ratio)) * n + Fraction(1, 2)))
 
 
-def keep(ratio: float, live: jax.Array) -> jax.Array:
+def keep(ratio: float | int, live: jax.Array) -> jax.Array:
     """i32 like `live`: the traced budget, `ratio` of each row's number of live tokens."""
     check.between("ratio", ratio, 0.0, 1.0)
     exact = Fraction(str(ratio)).limit_denominator(10_000)
@@ -30,7 +30,10 @@ def per_head(keep, heads: tuple[int, int], cap: int) -> jax.Array:
     """i32 [b g]: a budget given as int, [b], [b 1] or [b g], never above `cap`; None = `cap`. `heads` = (b, g)."""
     if keep is None:
         return jnp.full(heads, cap, jnp.int32)
-    keep = jnp.asarray(keep, jnp.int32)
+    keep = jnp.asarray(keep)
+    if not jnp.issubdtype(keep.dtype, jnp.integer):
+        raise TypeError(f"keep is a number of rows (int), got {keep.dtype}; turn a ratio into rows with jaxtok.core.budget.keep(ratio, live)")
+    keep = keep.astype(jnp.int32)
     if keep.ndim > 2:
         raise ValueError(f"keep must be an int, [b] or [b g], got shape {keep.shape}")
     if keep.ndim < 2:
@@ -38,7 +41,19 @@ def per_head(keep, heads: tuple[int, int], cap: int) -> jax.Array:
     return jnp.clip(jnp.broadcast_to(keep, heads), 0, cap)
 
 
-def pyramid(total: int, layer: int, layers: int, beta: float, most: int | None = None) -> int:
+def apportion(part: jax.Array, over) -> jax.Array:
+    """i32 like `part` [... m]: part / over rounded by largest remainder (ties: the first), so the sum is exactly sum(part) / over.
+
+    `over` [...] or int divides that sum.
+    """
+    over = jnp.asarray(over, jnp.int32)
+    over = jnp.broadcast_to(jnp.maximum(over, 1), part.shape[:-1])[..., None]
+    whole, rest = part // over, part % over
+    short = jnp.sum(rest, -1, dtype=jnp.int32) // over[..., 0]
+    return whole + select.choose(rest.astype(jnp.float32), rest > 0, short).astype(jnp.int32)
+
+
+def pyramid(total: int, layer: int, layers: int, beta: float | int, most: int | None = None) -> int:
     """Rows of 0-based `layer` when the average layer has `total`, linear in depth: first 2*total - total/beta, last total/beta.
 
     PyramidKV: min = total // beta, max = 2 * total - min; if max > `most`: max = most, min = 2 * total - most. The sum over the

@@ -3,13 +3,13 @@
 import math
 
 
-def at_least(name: str, value: float, low: float) -> None:
+def at_least(name: str, value: float | int, low: float | int) -> None:
     """ValueError unless `value >= low`; NaN fails."""
     if not value >= low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
 
 
-def between(name: str, value: float, low: float, high: float) -> None:
+def between(name: str, value: float | int, low: float | int, high: float | int) -> None:
     """ValueError unless `low <= value <= high` and finite."""
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
@@ -29,3 +29,10 @@ def budget(name: str, capacity, protected: int = 0) -> None:
         raise ValueError(f"{name} must be >= 1, got {capacity}")
     if capacity < protected:
         raise ValueError(f"{name}={capacity} has no room for the {protected} protected rows; raise {name} or protect fewer")
+
+
+def given(name: str, value):
+    """`value`, or ValueError where it is None: evidence that a method's `needs` asks for was not handed to it."""
+    if value is None:
+        raise ValueError(f"evidence.{name} is missing; compute what the method's `needs` asks for, or let the model do it")
+    return value

@@ -23,7 +23,9 @@ def dense(plan: Plan | DensePlan) -> DensePlan:
     if isinstance(plan, DensePlan):
         return plan
     m = plan.index.shape[-1]
-    hit = (plan.assign[..., None, :] == jnp.arange(m)[:, None]) & (plan.index >= 0)[..., None]
+    shape = (*plan.index.shape, plan.assign.shape[-1])
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
+    hit = (plan.assign[..., None, :] == row) & (plan.index >= 0)[..., None]
     if plan.weight is None:
         return DensePlan(hit.astype(jnp.float32))
     w = jnp.where(hit, plan.weight[..., None, :], 0.0)

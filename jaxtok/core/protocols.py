@@ -4,6 +4,7 @@ Every function takes `params` first: the learned weights made by `init_params` (
 dataclasses of static hyper-parameters, so all of them hash and can be static arguments of jit.
 """
 
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -56,6 +57,15 @@ class CacheCompressor(Method):
 
     aligned: ClassVar[bool] = False  # all heads and layers keep the same tokens
     capacity: int
+
+    @property
+    def slots(self) -> int:
+        """Static slots of a KV head afterwards, at most: above the capacity where heads may have unequal budgets."""
+        return self.capacity
+
+    def resize(self, capacity: int) -> "CacheCompressor":
+        """The same method with another capacity; a wrapper resizes what it holds."""
+        return dataclasses.replace(self, capacity=capacity)  # type: ignore[type-var]
 
     def layer(self, i: int, layers: int) -> "CacheCompressor":
         """The instance for 0-based layer `i` of `layers`."""

@@ -84,7 +84,7 @@ class Recipe:
         where = [k for k, _ in self.layers]
         if len(set(where)) < len(where):
             raise ValueError(f"two methods act before the same layer: {where}; chain them or move one")
-        for k, method in self.layers:
+        for _, method in self.layers:
             if method.at != "block":
                 raise ValueError(f"{method.name} acts at {method.at!r}; a decoder takes methods that act at 'block'")
         for site in ("prompt", "sparsify", "attention", "heads", "edits"):
@@ -99,8 +99,10 @@ class Recipe:
             raise ValueError(f"{self.reader.name} reads rotated keys, but {self.policy.name} stores them unrotated")  # type: ignore[union-attr]
         if raw and cfg.window is not None:
             raise ValueError("compact positions and a sliding window contradict each other: distances inside the cache are not the text's")
-        if self.policy is not None and self.cache is not None and self.policy.capacity < getattr(self.cache, "capacity", 0):
+        if self.policy is not None and self.cache is not None and getattr(self.cache, "rotates", False):
+            raise ValueError(f"{self.cache.name} turns keys and {self.policy.name} takes a plan, which cannot say so; use one or the other")
+        if self.policy is not None and self.cache is not None and self.policy.capacity < self.cache.slots:
             raise ValueError(
-                f"the cache is compressed to {self.cache.capacity} slots and then cut to the policy's {self.policy.capacity}; "
-                f"give {self.policy.name} at least {self.cache.capacity}"
+                f"the cache is compressed to {self.cache.slots} slots and then cut to the policy's {self.policy.capacity}; "
+                f"give {self.policy.name} at least {self.cache.slots}"
             )

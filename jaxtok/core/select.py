@@ -2,8 +2,8 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core.types import Plan
 
@@ -36,8 +36,8 @@ def choose(
     if most <= 0:
         return always
     top, where = lax.top_k(jnp.where(candidate, finite(score), -jnp.inf), most)
-    count = jnp.asarray(keep, jnp.int32)
-    ok = (top > -jnp.inf) & (jnp.arange(most) < count[..., None])
+    count = jnp.broadcast_to(jnp.asarray(keep, jnp.int32), top.shape[:-1])
+    ok = (top > -jnp.inf) & (lax.broadcasted_iota(jnp.int32, top.shape, top.ndim - 1) < count[..., None])
     return always | mark(jnp.where(ok, where, n), n)
 
 
@@ -61,7 +61,7 @@ def pack(mask: Bool[Array, "*B n"], cap: int | None = None, score: Float[Array, 
         rank = jnp.where(mask, jnp.where(jnp.isnan(score), NEG, jnp.maximum(score.astype(jnp.float32), NEG)), -jnp.inf)
         top, where = lax.top_k(rank[..., ::-1], cap)  # reversed: of equal scores the newer row stays
         mask = mark(jnp.where(top > -jnp.inf, n - 1 - where, n), n)
-    row = jnp.arange(n, dtype=jnp.int32)
+    row = lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
     index = jnp.sort(jnp.where(mask, row, -1), axis=-1)[..., n - cap :]
     upto = jnp.cumsum(mask.astype(jnp.int32), axis=-1)
     first = cap - upto[..., -1:]

@@ -9,10 +9,13 @@ from jaxtyping import Array, Bool, Int
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import Tokens
-from jaxtok.decode.sampling import GREEDY, Sampler, sample
+from jaxtok.decode.sampling import Sampler, sample
 from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN, Layers
+
+
+GREEDY = Sampler()
 
 
 class Generated(NamedTuple):
@@ -52,33 +55,28 @@ def generate(
     b = tokens.seen.shape[0]
     began = tokens.pos[:, -1] >= 0  # an empty prompt generates nothing
 
-    def draw(i, x):
-        return sample(sampler, jax.random.fold_in(key, i), decoder.logits(cfg, params, x[:, -1:])[:, 0])
+    def draw(i, x, running):
+        token = sample(sampler, jax.random.fold_in(key, i), decoder.logits(cfg, params, x[:, -1:])[:, 0])
+        return token, running & ~jnp.any(token[:, None] == stop[None], -1)
 
     def more(state):
-        i, _, _, _, _, running = state
+        i, *_, running = state
         return (i < new) & jnp.any(running)
 
     def one(state):
-        i, out, count, x, layers, running = state
-        # the id drawn last is appended here, so that the id of the last round costs no pass of its own
-        token = draw(i, x)
+        i, token, out, count, layers, running = state
+        x = blocks.embed(cfg, params, token[:, None])
+        x, layers = decoder.step(
+            cfg, params, x, running[:, None], layers, recipe, keep=keep, key=jax.random.fold_in(key, new + i), impl=impl
+        )
+        token, still = draw(i, x, running)
         out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(running, token, -1)[:, None], i, 1)
-        count = count + running
-        running = running & ~jnp.any(token[:, None] == stop[None], -1)
-        last = (i + 1 >= new) | ~jnp.any(running)
+        return i + 1, token, out, count + running.astype(jnp.int32), layers, still
 
-        def advance(layers):
-            ids = jnp.where(running, token, 0)[:, None]
-            return decoder.step(
-                cfg, params, blocks.embed(cfg, params, ids), running[:, None], layers, recipe, keep=keep, key=jax.random.fold_in(key, new + i), impl=impl
-            )
-
-        x, layers = jax.lax.cond(last, lambda layers: (x, layers), advance, layers)
-        return i + 1, out, count, x, layers, running
-
-    start = (jnp.zeros((), jnp.int32), jnp.full((b, new), -1, jnp.int32), jnp.zeros((b,), jnp.int32), tokens.x[:, -1:], layers, began)
-    _, out, count, _, layers, _ = jax.lax.while_loop(more, one, start)
+    token, running = draw(0, tokens.x, began)
+    out = jnp.full((b, new), -1, jnp.int32).at[:, 0].set(jnp.where(began, token, -1))
+    start = (jnp.ones((), jnp.int32), token, out, began.astype(jnp.int32), layers, running)
+    _, _, out, count, layers, _ = jax.lax.while_loop(more, one, start)
     return Generated(out, count, layers)
 
 

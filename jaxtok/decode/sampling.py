@@ -48,14 +48,15 @@ def keep_top_k(logits: Float[Array, "*b vocab"], k: int) -> Float[Array, "*b voc
 
 def keep_top_p(logits: Float[Array, "*b vocab"], p: float | Float[Array, ""]) -> Float[Array, "*b vocab"]:
     """Logits outside the smallest set of largest probabilities with mass >= p become -inf; the best always stays."""
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
-    weight = jnp.exp(jnp.take_along_axis(_shift(logits), order, axis=-1))
-    before = jnp.cumsum(weight, axis=-1) - weight
-    first = jnp.arange(logits.shape[-1]) == 0
-    # a token goes in while the mass before it falls short of p
-    kept = (before < p * weight.sum(-1, keepdims=True)) | jnp.broadcast_to(first, before.shape)
-    rank = jnp.argsort(order, axis=-1)
-    return jnp.where(rank < kept.sum(-1, keepdims=True), logits, -jnp.inf)
+    shifted = _shift(logits)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    falling, order = jax.lax.sort((-shifted, ids), dimension=-1, num_keys=1, is_stable=True)
+    weight = jnp.exp(-falling)
+    mass = jnp.cumsum(weight, axis=-1)
+    # a token goes in while the mass before it falls short of p; the last to go in is the bar for the others
+    last = jnp.maximum(jnp.sum(mass - weight < p * mass[..., -1:], axis=-1, keepdims=True) - 1, 0)
+    bar, bar_id = -jnp.take_along_axis(falling, last, axis=-1), jnp.take_along_axis(order, last, axis=-1)
+    return jnp.where((shifted > bar) | ((shifted == bar) & (ids <= bar_id)), logits, -jnp.inf)
 
 
 def keep_min_p(logits: Float[Array, "*b vocab"], p: float | Float[Array, ""]) -> Float[Array, "*b vocab"]:
@@ -76,7 +77,7 @@ def filter_logits(sampler: Sampler, logits: Float[Array, "*b vocab"]) -> Float[A
     """
     shifted = _shift(logits.astype(jnp.float32))
     if sampler.temperature == 0:
-        best = jnp.arange(logits.shape[-1]) == jnp.argmax(shifted, -1)[..., None]
+        best = jax.nn.one_hot(jnp.argmax(shifted, -1), logits.shape[-1], dtype=bool)
         return jnp.where(best, shifted, -jnp.inf)
     out = shifted / sampler.temperature
     if sampler.top_k is not None and sampler.top_k < logits.shape[-1]:

@@ -4,18 +4,15 @@ XLA's own analysis counts a scan body once whatever its length, a gather as its 
 show what keeping fewer tokens saves. This count does, and every FLOPs and bytes figure of the project comes from here.
 
 FLOPs
-    ======================================  =====================================================================================
-    dot_general, ragged_dot_general         2 * elements of the result * contracted length
-    convolution                             2 * elements of the result * kernel taps * input channels a group
-    arithmetic, comparison, select,         1 an element of the result, whatever the dtype (XLA files transcendentals apart)
-    transcendental, random bits
-    reduce (sum, max, ...)                  elements in - elements out; argmax, argmin: elements in
-    cumsum and its like                     elements in
-    sort, top_k                             elements in * ceil(log2(length of the sorted axis))
-    scatter-add and its like                elements of the updates; scatter (set) 0
-    moving (reshape, transpose, slice,      0
-    gather, convert, concatenate, ...)
-    ======================================  =====================================================================================
+    dot_general, ragged_dot_general      2 * elements of the result * contracted length
+    convolution                          2 * elements of the result * kernel taps * input channels a group
+    arithmetic, comparison, select,      1 an element of the result, whatever the dtype (XLA files transcendentals apart)
+      transcendentals, random bits
+    reduce (sum, max, ...)               elements in - elements out; argmax, argmin, cumsum and its like: elements in
+    reduce_window (pooling)              elements of the result * window
+    sort, top_k                          elements in * ceil(log2(length of the sorted axis))
+    scatter-add and its like             elements of the updates; scatter (set) 0
+    moves (reshape, transpose, slice, gather, convert, concatenate, ...) 0
 
 Bytes: traffic with memory under ideal fusion, the model of a roofline.
     1. An array is *stored* (program inputs, results of kernels) or *fused*. Kernels are dot, convolution, gather, scatter,
@@ -31,7 +28,8 @@ Bytes: traffic with memory under ideal fusion, the model of a roofline.
     5. Arrays of one element are free: loop counters and indices live in registers.
 
 Control flow: scan is its body times its length; while its body (and condition) times ``trips``; cond the chosen branch; shard_map one
-device's body times the devices; jit, remat, custom_jvp, custom_vjp are looked into. Code whose result is unused is not counted.
+device's body times the devices; jit, remat, custom_jvp, custom_vjp are looked into. Code whose result is unused is not counted; code that
+appears twice is counted twice (no common subexpressions).
 """
 
 from __future__ import annotations
@@ -113,9 +111,6 @@ def peak_memory(compiled: Any) -> int:
     return stats.argument_size_in_bytes + stats.output_size_in_bytes + stats.temp_size_in_bytes - stats.alias_size_in_bytes
 
 
-# The rest is the walk.
-
-
 def _add(table: dict, other: Mapping, scale: Number) -> None:
     for name, (f, b) in other.items():
         old = table.get(name, (0, 0))
@@ -129,11 +124,8 @@ def _cost(table: Mapping, unknown: Any) -> Cost:
 
 @functools.cache
 def _bits(dtype: Any) -> int:
-    if jnp.issubdtype(dtype, jnp.integer):
-        return jnp.iinfo(dtype).bits  # int4 has an itemsize of 1
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.finfo(dtype).bits
-    return 8 * dtype.itemsize
+    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else None
+    return info(dtype).bits if info else 8 * dtype.itemsize  # int4 has an itemsize of 1
 
 
 def _nbytes(aval: Any) -> int:
@@ -157,23 +149,18 @@ _ELEMENTWISE = set("""
     rng_uniform""".split())
 _FUSED = set("""
     broadcast_in_dim broadcast_to transpose convert_element_type reduce_precision rev concatenate pad iota iota_2x32_shape copy copy_p
-    real imag complex conj stack tile full zeros_like empty axis_index platform_index random_clone""".split())
+    real imag complex conj stack tile full zeros_like empty axis_index platform_index random_clone
+    debug_callback debug_print create_token after_all dce_sink""".split())
 _SAME = set("""
     reshape squeeze expand_dims bitcast_convert_type stop_gradient optimization_barrier sharding_constraint reshard mesh_cast
-    layout_constraint device_put name pvary pcast copy_start random_wrap random_unwrap with_memory_space_constraint preduced tie""".split())
+    layout_constraint device_put name pvary pcast random_wrap random_unwrap with_memory_space_constraint preduced tie""".split())
 _SLICES = {"slice", "dynamic_slice", "split", "unstack"}
 _CALLS = set("""
-    jit pjit closed_call core_call call checkpoint remat remat2 remat_opt custom_jvp_call custom_vjp_call custom_vmap_call composite
-    core_closed_call""".split())
-_FREE = {"debug_callback", "debug_print", "create_token", "after_all", "dce_sink"}
+    jit pjit closed_call call checkpoint remat remat2 remat_opt custom_jvp_call custom_vjp_call custom_vmap_call composite""".split())
 _COLLECTIVE = set("""
     psum psum_invariant unreduced_psum pmax pmin all_gather all_gather_invariant all_gather_reduced all_to_all ppermute pbroadcast
     reduce_scatter unreduced_reduce_scatter ragged_all_to_all""".split())
 # fmt: on
-
-
-def _log2(n: int) -> int:
-    return max(1, (n - 1).bit_length())
 
 
 def _kernel_flops(eqn: Any) -> Number | None:
@@ -187,7 +174,7 @@ def _kernel_flops(eqn: Any) -> Number | None:
         return 2 * out.size * (w.size // w.shape[p["dimension_numbers"].rhs_spec[0]])
     if name.startswith("reduce_window"):
         return out.size * math.prod(p["window_dimensions"])
-    if name in ("argmax", "argmin") or name.startswith(("cum",)):
+    if name in ("argmax", "argmin") or name.startswith("cum"):
         return x.size
     if name in _COLLECTIVE:
         return out.size if name.startswith(("psum", "pm", "reduce", "unreduced")) else 0
@@ -195,12 +182,18 @@ def _kernel_flops(eqn: Any) -> Number | None:
         return max(0, x.size - out.size)
     if name in ("sort", "top_k", "approx_top_k"):
         axis = {"sort": p.get("dimension"), "top_k": p.get("axis", -1), "approx_top_k": p.get("reduction_dimension")}[name]
-        return x.size * _log2(x.shape[axis])
-    if name == "fft":
-        return 5 * max(x.size, out.size) * _log2(math.prod(p["fft_lengths"]))
-    if name == "cholesky":
-        return x.size * x.shape[-1] // 3
-    return out.size * x.shape[-1] if name == "triangular_solve" else None
+        return x.size * max(1, (x.shape[axis] - 1).bit_length())
+    return None
+
+
+def _is_view(eqn: Any) -> bool:
+    """Whether the result is the operand under another shape."""
+    name, p = eqn.primitive.name, eqn.params
+    if name == "transpose":  # of axes of length one
+        moved = [i for i in p["permutation"] if eqn.invars[0].aval.shape[i] != 1]
+        return moved == sorted(moved)
+    x, out = eqn.invars and eqn.invars[0].aval, eqn.outvars[0].aval
+    return name in _SAME or (name in ("broadcast_in_dim", "convert_element_type") and (x.size, x.dtype) == (out.size, out.dtype))
 
 
 class _Walk:
@@ -226,7 +219,6 @@ class _Walk:
             a.reads, a.stored, a.root = {key: a.size}, True, key
 
     def read(self, arrays: Sequence[_Array]) -> int:
-        """Bytes a kernel reads for these operands."""
         merged: dict[Any, int] = {}
         for a in arrays:
             if sum(a.reads.values()) > 2 * a.size:
@@ -239,8 +231,7 @@ class _Walk:
         if not _nbytes(part):
             return _Array(0, {})
         key = next(self.keys)
-        reads = {(k, key): -(-b * part.size // whole.size) for k, b in a.reads.items()}
-        return _Array(_nbytes(part), reads)
+        return _Array(_nbytes(part), {(k, key): -(-b * part.size // whole.size) for k, b in a.reads.items()})
 
     def nested(self, closed: Any, args: Sequence[_Array], needed: Sequence[bool] | None = None) -> tuple[dict, list[_Array]]:
         """A jaxpr in a table of its own, with its outputs stored."""
@@ -273,18 +264,15 @@ class _Walk:
         name, p = eqn.primitive.name, eqn.params
         avals, out = [v.aval for v in eqn.outvars], eqn.outvars[0].aval if eqn.outvars else None
         label = str(p.get("name") or "")
-        if (name in _CALLS or name == "pallas_call") and label in _DECLARED:
-            self.tally(label, *_DECLARED[label](*[v.aval for v in eqn.invars]))
-            return [self.stored(a) for a in avals]
-        if name in _CALLS:
-            return self.run(p.get("jaxpr") or p.get("call_jaxpr"), ins, used)
-        if name in ("scan", "while", "cond", "shard_map"):
+        declared = name in (*_CALLS, "pallas_call") and label in _DECLARED
+        if name in _CALLS and not declared:
+            return self.run(p.get("jaxpr") or p.get("call_jaxpr") or p.get("call"), ins, used)
+        if declared or name in ("scan", "while", "cond", "shard_map", "pallas_call"):  # nothing fuses into these
             for a in ins:
                 self.store(a)
+        if name in ("scan", "while", "cond", "shard_map"):
             return getattr(self, "loop" if name in ("scan", "while") else name)(eqn, ins, used)
-        if name in _FREE:
-            return [_Array(0, {}) for _ in avals]
-        if name in _SAME and len(avals) <= len(ins):
+        if _is_view(eqn) and len(avals) <= len(ins):
             return ins[: len(avals)]
         if name in _SLICES:
             return [self.part(ins[0], eqn.invars[0].aval, a) for a in avals]
@@ -292,11 +280,12 @@ class _Walk:
             self.tally(name, sum(a.size for a in avals) if name in _ELEMENTWISE else 0)
             reads = {k: b for a in ins for k, b in a.reads.items()}
             return [_Array(_nbytes(a), dict(reads) if _nbytes(a) else {}) for a in avals]
-        if name == "gather":
+        if declared:
+            self.tally(label, *_DECLARED[label](*[v.aval for v in eqn.invars]))
+        elif name == "gather":  # of a fused operand: what stands behind the elements it returns
             self.tally(name, 0, self.read([self.part(ins[0], eqn.invars[0].aval, out), ins[1]]) + _nbytes(out))
         elif name == "dynamic_update_slice" or name.startswith("scatter"):
-            update = eqn.invars[1 if name == "dynamic_update_slice" else 2].aval
-            sets = name in ("dynamic_update_slice", "scatter")
+            update, sets = eqn.invars[1 if name.startswith("dyn") else 2].aval, name in ("dynamic_update_slice", "scatter")
             self.store(ins[0])
             self.tally(name, 0 if sets else update.size, self.read(ins[1:]) + (1 if sets else 2) * _nbytes(update))
             return [self.stored(out, ins[0].root)]
@@ -306,60 +295,57 @@ class _Walk:
         else:
             flops = _kernel_flops(eqn) if eqn.outvars else 0
             if flops is None:
-                flops = 0 if name == "pallas_call" else sum(a.size for a in avals if hasattr(a, "size"))
-                name = f"pallas_call:{label}" if name == "pallas_call" else name
+                name, flops = (f"pallas_call:{label}", 0) if name == "pallas_call" else (name, sum(getattr(a, "size", 0) for a in avals))
                 self.unknown.add(name)
             self.tally(name, flops, self.read(ins) + sum(map(_nbytes, avals)))
         return [self.stored(a) for a in avals]
 
     def loop(self, eqn: Any, ins: list[_Array], used: list[bool]) -> list[_Array]:
-        p, outs = eqn.params, [v.aval for v in eqn.outvars]
+        p = eqn.params
         if eqn.primitive.name == "scan":
-            consts, carries, length, body = p["num_consts"], p["num_carry"], p["length"], p["jaxpr"]
+            # told by rank, since the counts' parameters differ between versions of JAX: xs and ys have the loop's axis outside only
+            same = lambda outer, inner: sum(a.aval.ndim == b.aval.ndim for a, b in zip(outer, inner, strict=True))
+            length, body = p["length"], p["jaxpr"]
+            carries = same(eqn.outvars, body.jaxpr.outvars)
+            consts = same(eqn.invars, body.jaxpr.invars) - carries
         else:
-            label, (skip, consts), carries, body = next(self.whiles), (p["cond_nconsts"], p["body_nconsts"]), len(outs), p["body_jaxpr"]
+            label, (skip, consts), carries, body = next(self.whiles), (p["cond_nconsts"], p["body_nconsts"]), len(used), p["body_jaxpr"]
             length = self.trips.get(label) if isinstance(self.trips, Mapping) else self.trips
             if length is None:
                 self.unknown.add(f"while[{label}]")
-            elif length < 0:
+                length = 1
+            if length < 0:
                 raise ValueError(f"trips={self.trips!r}: while {label} cannot run {length} times; give a number from 0 up")
-            length = 1 if length is None else length
             _add(self.table, self.nested(p["cond_jaxpr"], [self.stored(v.aval) for v in p["cond_jaxpr"].jaxpr.invars])[0], length)
             ins = ins[skip:]
-        carry = range(consts, consts + carries)
-        inner = [self.stored(v.aval, ("carry", i) if i in carry else ("other", i)) for i, v in enumerate(body.jaxpr.invars)]
+        kind = lambda i: "carry" if consts <= i < consts + carries else "other"
+        inner = [self.stored(v.aval, (kind(i), i)) for i, v in enumerate(body.jaxpr.invars)]
         table, results = self.nested(body, inner, [True] * carries + used[carries:])
         for i, a in enumerate(results):
             # a carry may be any carry's buffer (double buffering); a stacked output is a buffer of its own
             if isinstance(a.root, tuple) and (i >= carries or a.root[0] == "other"):
                 _add(table, {"copy": (0, 2 * a.size)}, 1)
         _add(self.table, table, length)
-        return [self.stored(a, ins[consts + i].root if i < carries else None) for i, a in enumerate(outs)]
+        return [self.stored(v.aval, ins[consts + i].root if i < carries else None) for i, v in enumerate(eqn.outvars)]
 
     def cond(self, eqn: Any, ins: list[_Array], used: list[bool]) -> list[_Array]:
         branches, label = eqn.params["branches"], next(self.conds)
         pick = self.branch.get(label, "max") if isinstance(self.branch, Mapping) else self.branch
         runs = [self.nested(b, [self.stored(v.aval, a.root) for v, a in zip(b.jaxpr.invars, ins[1:], strict=True)], used) for b in branches]
-        costs = [_cost(table, ()) for table, _ in runs]
         if pick == "max":
-            pick = max(range(len(runs)), key=lambda i: (costs[i].flops, costs[i].bytes))
-        weights = [float(w) for w in pick] if isinstance(pick, Sequence) and not isinstance(pick, str) else None
-        if weights is not None:
-            if len(weights) != len(runs) or abs(sum(weights) - 1) > 1e-6 or min(weights) < 0:
-                raise ValueError(f"branch={pick!r}: cond {label} has {len(runs)} branches; give one probability each, summing to 1")
-            for weight, (table, _) in zip(weights, runs, strict=True):
-                _add(self.table, table, weight)
-        elif isinstance(pick, int) and 0 <= pick < len(runs):
-            _add(self.table, runs[pick][0], 1)
-        else:
-            raise ValueError(f"branch={pick!r}: cond {label} has {len(runs)} branches; give 'max', an index below that or probabilities")
+            pick = max(range(len(runs)), key=lambda i: _cost(runs[i][0], ())[:2])
+        if isinstance(pick, int) and 0 <= pick < len(runs):
+            pick = [int(i == pick) for i in range(len(runs))]
+        if isinstance(pick, str | int) or len(pick) != len(runs) or abs(sum(pick) - 1) > 1e-6 or min(pick) < 0:
+            raise ValueError(f"branch={pick!r}: cond {label} has {len(runs)} branches; give 'max', an index below that, or a probability each")
+        for weight, (table, _) in zip(pick, runs, strict=True):
+            _add(self.table, table, weight)
         roots = [{outs[i].root for _, outs in runs} for i in range(len(eqn.outvars))]
         return [self.stored(v.aval, r.pop() if len(r) == 1 else None) for v, r in zip(eqn.outvars, roots, strict=True)]
 
     def shard_map(self, eqn: Any, ins: list[_Array], used: list[bool]) -> list[_Array]:
         p = eqn.params
-        axes = p["manual_axes"] if "manual_axes" in p else set(p["mesh"].axis_names) - set(p.get("auto", ()))
         body = getattr(p["jaxpr"], "jaxpr", p["jaxpr"])
-        devices = math.prod(p["mesh"].shape[a] for a in axes)
-        _add(self.table, self.nested(p["jaxpr"], [self.stored(v.aval) for v in body.invars], used)[0], devices)
+        devices = math.prod(p["mesh"].shape[a] for a in p["newly_manual_axes"])
+        _add(self.table, self.nested(body, [self.stored(v.aval) for v in body.invars], used)[0], devices)
         return [self.stored(v.aval) for v in eqn.outvars]

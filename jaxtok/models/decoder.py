@@ -380,6 +380,12 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
     return out, Part(kv, state, reading), carry
 
 
+def block_slots(index: Int[Array, "b g nb"], block: int) -> Int[Array, "b g m"]:
+    """The slots of the listed blocks of `block` slots; -1 for unused entries."""
+    slots = index[..., None] * block + jnp.arange(block, dtype=jnp.int32)[None, None, None]
+    return jnp.where(index[..., None] < 0, -1, slots).reshape(*index.shape[:2], -1)
+
+
 def _refit(policy, own, reader, reader_params, i, kv, state, reading, evidence, budget):
     """Every `policy.every` appends: one plan for the whole cache."""
     slots = kv.k.shape[2]

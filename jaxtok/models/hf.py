@@ -37,7 +37,7 @@ class _Reader:
     def __init__(self, raw: dict[str, Any], defaults: dict[str, Any]):
         self.raw, self.defaults = raw, defaults
 
-    def get(self, key: str, kinds: tuple[type, ...], least: float | None = None) -> Any:
+    def get(self, key: str, kinds: tuple[type, ...], least: int | float | None = None) -> Any:
         if key not in self.raw and key not in self.defaults:
             raise ValueError(f"config.json lacks {key}")
         value = self.raw.get(key, self.defaults.get(key))
@@ -49,6 +49,13 @@ class _Reader:
             raise ValueError(f"config.json: {key}={value!r} is out of range, the least is {least}")
         return value
 
+    def object(self, key: str) -> dict[str, Any]:
+        """A nested object, {} where it is absent or null."""
+        value = self.raw.get(key) or {}
+        if not isinstance(value, dict):
+            raise ValueError(f"config.json: {key}={value!r} should be an object")
+        return value
+
     def size(self, key: str) -> int:
         return self.get(key, (int,), 1)
 
@@ -56,10 +63,8 @@ class _Reader:
         return float(self.get(key, (int, float), 1e-30))
 
 
-def _rope(p: Any, context: int, where: str) -> RopeScaling | None:
+def _rope(p: dict[str, Any], context: int) -> RopeScaling | None:
     """Scaling of one rope dict, in the spelling of transformers 4 (rope_scaling) or 5 (rope_parameters)."""
-    if not isinstance(p, dict):
-        raise ValueError(f"config.json: {where} should be an object, is {p!r}")
     kind = p.get("rope_type", p.get("type", "default"))
     if kind in ("default", None):
         return None
@@ -130,18 +135,17 @@ def config_from_hf(raw: dict[str, Any]) -> Config:
 
     theta, theta_local, scaling = r.number("rope_theta"), None, None
     if family == "gemma3_text":
-        nested = raw.get("rope_parameters") or {}
-        full = {**(nested.get("full_attention") or {}), **(raw.get("rope_scaling") or {})}
-        near = nested.get("sliding_attention") or {}
+        nested = _Reader(r.object("rope_parameters"), {})
+        full, near = nested.object("full_attention") | r.object("rope_scaling"), nested.object("sliding_attention")
         theta = _Reader(full, {"rope_theta": theta}).number("rope_theta")
         theta_local = _Reader(near, {"rope_theta": raw.get("rope_local_base_freq", 10000.0)}).number("rope_theta")
-        scaling = _rope(full, context, "rope_parameters")
-        if _rope(near, context, "rope_parameters") is not None:
+        scaling = _rope(full, context)
+        if _rope(near, context) is not None:
             raise ValueError("config.json: rope scaling of the sliding layers is not supported; supported: default")
         factor = full.get("partial_rotary_factor", near.get("partial_rotary_factor", 1.0))
     else:
-        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-        scaling = _rope(rope, context, "rope_parameters")
+        rope = r.object("rope_scaling") or r.object("rope_parameters")
+        scaling = _rope(rope, context)
         theta = _Reader(rope, {"rope_theta": theta}).number("rope_theta")
         factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if factor not in (1.0, None) and family != "phi3":
@@ -152,7 +156,7 @@ def config_from_hf(raw: dict[str, Any]) -> Config:
 
     local, window = _layer_types(raw, family, layers, r)
     eos = r.get("eos_token_id", (int, list, type(None)))
-    softcap = lambda key: (r.get(key, (int, float, type(None)), 0) or None) if gemma else None
+    softcap = lambda key: r.number(key) if gemma and r.get(key, (int, float, type(None))) else None
     return Config(
         family=family, vocab=r.size("vocab_size"), width=width, layers=layers, heads=heads,
         kv_heads=r.get("num_key_value_heads", (int, type(None)), 1) or heads, head_dim=head_dim, hidden=r.size("intermediate_size"),

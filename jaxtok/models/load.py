@@ -159,7 +159,7 @@ def _load_hf(folder: pathlib.Path, dtype: Any, place: Any, progress: Progress | 
     raw = _json(folder / "config.json")
     try:
         cfg = hf.config_from_hf(raw)
-    except (ValueError, TypeError, AttributeError) as e:
+    except ValueError as e:
         raise ValueError(f"{folder}: {e}") from None
     generation = folder / "generation_config.json"
     if generation.is_file():  # chat models list their end-of-turn ids here only
@@ -175,7 +175,8 @@ def _load_hf(folder: pathlib.Path, dtype: Any, place: Any, progress: Progress | 
         _check(folder, cfg, table, home)
         if dtype is None:
             dtype = jnp.dtype(_FLOATS[home["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight").get_dtype()])
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
+        if dtype == jnp.dtype("float64") and not jax.config.read("jax_enable_x64"):
+            dtype = jnp.dtype("float32")
         for done, (name, parts) in enumerate(table.items()):
             at = 0
             for path, shape in parts:

@@ -82,6 +82,11 @@ def fold(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
+def unfold(x: jax.Array, t: int) -> jax.Array:
+    """[b g r*t ...] -> [b g r t ...]"""
+    return x.reshape(*x.shape[:2], -1, t, *x.shape[3:])
+
+
 def prepare(spec: Spec, q, k, q_pos, k_pos, bias, window) -> Operands:
     """Pads and groups the arguments of a call; padding is dead."""
     k_pos = k_pos[:, None] if k_pos.ndim == 2 else k_pos
@@ -96,9 +101,16 @@ def prepare(spec: Spec, q, k, q_pos, k_pos, bias, window) -> Operands:
     )
 
 
-def origin(*arrays: jax.Array | None) -> jax.Array:
-    """A float32 zero that varies over the mesh wherever one of the arrays does; scan carries grown from it keep their type in shard_map."""
-    return sum((jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays if x is not None), jnp.float32(0))
+def level(*arrays: jax.Array | None) -> list[Any]:
+    """The arrays, each varying over every mesh axis of `shard_map` over which one of them does.
+
+    So scan carries and cotangents, made like one operand, fit all others (keys sharded and queries not, or the reverse); the gradient
+    of an operand that did not vary is summed over the mesh, as it must be.
+    """
+    zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
+    zero = sum((z for z in zeros if z is not None), jnp.float32(0))
+    same = [z is None or jax.typeof(z) == jax.typeof(zero) for z in zeros]
+    return [x if ok else x + zero.astype(x.dtype) for x, ok in zip(arrays, same, strict=True)]
 
 
 def take(x: jax.Array, i, size: int, axis: int) -> jax.Array:

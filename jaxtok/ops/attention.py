@@ -17,14 +17,15 @@ from jaxtok.ops._chunked import (
     finite,
     fold,
     group,
+    level,
     logits,
     make_spec,
-    origin,
     pad,
     prepare,
     probs,
     put,
     take,
+    unfold,
     walk,
 )
 
@@ -89,15 +90,13 @@ def attention(
     if not q.size or not k.size:  # nothing to read, or nobody to read it
         return jnp.zeros(q.shape, dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
-    return _attention(spec, dtype, q, k, v, q_pos, k_pos, bias, as_window(window))
+    return _attention(spec, dtype, *level(q, k, v, q_pos, k_pos, bias, as_window(window)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(spec: Spec, dtype, q, k, v, q_pos, k_pos, bias, window):
     x = prepare(spec, q, k, q_pos, k_pos, bias, window)
     v = pad(v, spec.block, 2)
-    b, g, r, rows, d = x.q.shape
-    zero = origin(q, k, v, q_pos, k_pos, bias, window)
 
     def step(carry, i, j, first, guard):
         out, lse, top, total, acc = carry
@@ -115,13 +114,14 @@ def _attention(spec: Spec, dtype, q, k, v, q_pos, k_pos, bias, window):
         live = top > -jnp.inf
         norm = jnp.where(live, total, 1)
         part = jnp.where(live[..., None], acc / norm[..., None], 0).astype(dtype)
-        out = put(out, part.reshape(b, g, r, spec.chunk, d), i, 3)
-        lse = put(lse, jnp.where(live, top + jnp.log(norm), -jnp.inf).reshape(b, g, r, spec.chunk), i, 3)
+        out = put(out, unfold(part, spec.chunk), i, 3)
+        lse = put(lse, unfold(jnp.where(live, top + jnp.log(norm), -jnp.inf), spec.chunk), i, 3)
         return out, lse, top, total, acc
 
-    out, lse = jnp.full((b, g, r, rows, d), zero, dtype), jnp.full((b, g, r, rows), zero - jnp.inf)
-    chunk = jnp.full((b, g, r * spec.chunk), zero)
-    out, lse, *_ = walk(spec, x, step, (out, lse, chunk, chunk, jnp.full((*chunk.shape, d), zero)))
+    acc = jnp.zeros_like(fold(x.q[:, :, :, : spec.chunk]), jnp.float32)
+    total = jnp.zeros_like(acc[..., 0])
+    out, lse = jnp.zeros_like(x.q, dtype), jnp.full_like(x.q[..., 0], -jnp.inf, jnp.float32)
+    out, lse, *_ = walk(spec, x, step, (out, lse, total, total, acc))
     return out[:, :, :, : q.shape[2]].reshape(q.shape), lse[..., : q.shape[2]].reshape(q.shape[:3])
 
 
@@ -140,7 +140,6 @@ def _backward(spec, dtype, saved, cotangents):
     shift = jnp.where(live, (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - cotangents[1], 0)
     dout, shift, lse = (pad(group(a, g), spec.chunk, 3) for a in (dout.astype(v.dtype), shift, finite(lse)))
     values = pad(v, spec.block, 2)
-    zero = origin(q, k, v, q_pos, k_pos, bias, window, *cotangents)
 
     def step(carry, i, j, first, guard):
         dq, dk, dv, dbias = carry
@@ -155,13 +154,12 @@ def _backward(spec, dtype, saved, cotangents):
             to_q = dot(ds, kj, 3, 2).reshape(*p.shape[:4], q.shape[3])
             return to_q, dot(ds, qi, 2, 2), dot(fold(p).astype(v.dtype), doi, 2, 2), to_bias
 
-        nothing = jax.tree.map(lambda a: jnp.full(a.shape, zero), jax.eval_shape(update))
-        to_q, to_k, to_v, to_bias = guard(update, otherwise=nothing)
+        old = take(dq, i, spec.chunk, 3), *(None if a is None else take(a, j, spec.block, 2) for a in (dk, dv, dbias))
+        to_q, to_k, to_v, to_bias = guard(update, otherwise=jax.tree.map(jnp.zeros_like, old))
         dbias = None if bias is None else add(dbias, to_bias, j, 2)
         return add(dq, to_q, i, 3), add(dk, to_k, j, 2), add(dv, to_v, j, 2), dbias
 
-    grown = jnp.full(x.k.shape, zero)
-    init = (jnp.full(x.q.shape, zero), grown, grown, None if bias is None else jnp.full(x.bias.shape, zero))
+    init = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), (x.q, x.k, x.k, x.bias))
     dq, dk, dv, dbias = walk(spec, x, step, init)
     t, s = q.shape[2], k.shape[2]
     dq = dq[:, :, :, :t].reshape(q.shape).astype(q.dtype)

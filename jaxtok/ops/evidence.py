@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jaxtok.ops._chunked import add, as_window, check, finite, group, make_spec, origin, pad, prepare, probs, walk
+from jaxtok.ops._chunked import add, as_window, check, finite, group, level, make_spec, pad, prepare, probs, take, walk
 
 
 def received(
@@ -38,19 +38,20 @@ def received(
     if not q.size or not k.size:
         return jnp.zeros((b, h, s), jnp.float32)
     spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
-    x = prepare(spec, q, k, q_pos, k_pos, bias, as_window(window))
+    q, k, lse, *rest = level(q, k, lse, q_pos, k_pos, bias, as_window(window))
+    x = prepare(spec, q, k, *rest)
     saved = pad(finite(group(lse, g)), spec.chunk, 3)
-    zero = origin(q, k, lse, q_pos, k_pos, bias, x.window)
 
     @jax.checkpoint  # the gradient recomputes a block rather than keeping all of them
     def column_sums(x, saved, i, j):
         return probs(spec, x, saved, i, j)[0].sum(3)
 
     def step(total, i, j, first, guard):
-        nothing = jnp.full((b, g, h // g, spec.block), zero)
+        nothing = jnp.zeros_like(take(total, j, spec.block, 3))
         return add(total, guard(column_sums, x, saved, i, j, otherwise=nothing), j, 3)
 
-    total = walk(spec, x, step, jnp.full((b, g, h // g, x.k.shape[2]), zero))
+    total = jnp.zeros_like(x.q[:, :, :, 0, :1] * x.k[:, :, None, :, 0], jnp.float32)  # the product's shape and sharding, not its values
+    total = walk(spec, x, step, total)
     return total[..., :s].reshape(b, h, s)
 
 

@@ -117,7 +117,7 @@ def fit(
             writer.tokens += tokens(batch) if tokens is not None else 0
             done = step + 1
             if done % log_every == 0 or done == steps:
-                writer.pending = (done, out)
+                writer.due(done, out)
             if checkpoints is not None and (done == steps or (save_every and done % save_every == 0)):
                 writer.flush()
                 checkpoints.save(done, now, position())

@@ -63,21 +63,23 @@ class Writer:
         self.start = self.since = time.perf_counter()
         self.before = log.wall if log is not None else 0.0
         self.tokens = 0
-        self.pending: tuple[int, dict] | None = None
+        self.pending: tuple[dict, dict, dict] | None = None
+
+    def due(self, step, out):
+        """Remember a line. Stamped here, at dispatch: all windows then span whole steps, wherever they are written."""
+        now = time.perf_counter()
+        rate = {"tokens/s": round(self.tokens / (now - self.since), 1)} if self.tokens else {}
+        self.pending = ({"step": step, "wall": round(self.before + now - self.start, 6)}, out, rate)
+        self.tokens, self.since = 0, now
 
     def flush(self):
         if self.pending is None:
             return
-        (step, out), self.pending = self.pending, None
+        (line, out, rate), self.pending = self.pending, None
         out = {name: value.item() for name, value in jax.device_get(out).items()}
-        now = time.perf_counter()
-        first = {"step": step, "wall": round(self.before + now - self.start, 4), "loss": out["loss"]}  # jit sorts the keys of a dict
-        line = {**first, **out}
-        if self.tokens:
-            line["tokens/s"] = round(self.tokens / (now - self.since), 1)
-        self.tokens, self.since = 0, now
+        line = {**line, "loss": out["loss"], **out, **rate}  # loss first: jit sorts the keys of a dict
         if out["skipped"] > self.skipped:
-            _log.warning("step %d: %d updates skipped so far, their loss or gradient was not finite", step, out["skipped"])
+            _log.warning("step %d: %d updates skipped so far, their loss or gradient was not finite", line["step"], out["skipped"])
         self.skipped = out["skipped"]
         if self.log is not None:
             self.log.write(line)

@@ -204,6 +204,19 @@ def test_bytes_decode_step_is_weights_plus_slots_read():
     assert sparse.bytes < full.bytes / 2
 
 
+def test_bytes_views_are_free():
+    # other shapes of the same array: nothing moves; a real transpose is a copy when it leaves, and free when a dot reads it
+    same = lambda x: (x[None], x.reshape(2, -1), jnp.transpose(x[:, None], (1, 0, 2)), x.astype(jnp.float32))
+    assert cost.count(same, f32(4, 8)).bytes == 0
+    assert cost.count(lambda x: x.T, f32(4, 8)).bytes == 2 * 128
+    assert cost.count(lambda x, y: x.T @ y, f32(4, 8), f32(4, 3)).bytes == 4 * (32 + 12 + 24)
+    # repeating KV heads for a head group reads them once
+    repeat = lambda q, k: jnp.einsum("hd,hsd->hs", q, jnp.repeat(k, 2, axis=0))
+    assert cost.count(repeat, f32(4, 8), f32(2, 16, 8)).bytes == 4 * (32 + 256 + 64)
+    # joining is fused as well
+    assert cost.count(lambda q, a, b: jnp.concatenate([a, b]) @ q, f32(8), f32(16, 8), f32(4, 8)).bytes == 4 * (8 + 160 + 20)
+
+
 # ---------------------------------------------------------------------------------------------------------------- control flow
 
 
@@ -286,7 +299,10 @@ def test_shard_map_counts_every_device():
     assert cost.count(fn, f32(8, 8), f32(8, 8)).by_primitive["dot_general"] == (2 * 8**3, 4 * 3 * 64)
     abstract = jax.sharding.AbstractMesh((4,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     fn = jax.shard_map(lambda x, w: x @ w, mesh=abstract, in_specs=(spec, jax.P()), out_specs=spec)
-    # each of 4 devices: 2 rows, its own copy of w
+    # each of 4 devices: 2 rows, its own copy of w. An axis left to the compiler is no division of labour in the body.
+    wide = jax.sharding.AbstractMesh((4, 2), ("i", "j"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    some = jax.shard_map(lambda x, w: x @ w, mesh=wide, in_specs=(spec, jax.P()), out_specs=spec, axis_names={"i"})
+    assert cost.count(some, f32(8, 8), f32(8, 8)) == cost.count(fn, f32(8, 8), f32(8, 8))
     assert cost.count(fn, f32(8, 8), f32(8, 8)).by_primitive["dot_general"] == (2 * 8**3, 4 * 4 * (16 + 64 + 16))
 
 
@@ -330,6 +346,12 @@ def test_kernels_declare_their_cost(monkeypatch):
 
     cost.declare("fast_path", lambda x: (1, 2))
     assert cost.count(lambda x: fast_path(x), x)[:2] == (1, 2)
+
+
+def test_nothing_fuses_into_a_kernel_with_a_declared_cost():
+    # x + y is stored for it: 2 read, 1 written; then the kernel's own 99
+    fn = lambda x, y: pallas("told", cost_estimate=pl.CostEstimate(flops=1, transcendentals=0, bytes_accessed=99))(x + y)
+    assert cost.count(fn, f32(8, 128), f32(8, 128))[:2] == (1024 + 1, 3 * 4096 + 99)
 
 
 def test_primitive_without_a_rule_is_named():

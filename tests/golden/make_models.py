@@ -16,8 +16,12 @@ import numpy as np
 
 FOLDER = pathlib.Path(__file__).parent / "models"
 VOCAB, LENGTH = 64, 24
-SIZE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=128, pad_token_id=0)
-LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+SIZE = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2
+)  # fmt: skip
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
 TYPES = ["sliding_attention", "full_attention"]
 GEMMA = dict(head_dim=8, query_pre_attn_scalar=12, sliding_window=6, layer_types=TYPES)
 
@@ -29,7 +33,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen2_window": ("Qwen2", dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(head_dim=16)),
-    "gemma2": ("Gemma2", dict(**GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
+    "gemma2": ("Gemma2", dict(**GEMMA, attn_logit_softcapping=3.0, final_logit_softcapping=8.0)),
     "gemma3_text": (
         "Gemma3Text",
         dict(
@@ -63,8 +67,9 @@ def build(family: str, heads: str, seed: int) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             x = torch.randn(p.shape, generator=noise)
-            # order-one embeddings; matrices that keep the variance; norms and biases moved off their 1 and 0
-            scale = 0.3 if p.ndim == 1 else 1.0 if "embed" in name else 1.5 * p.shape[1] ** -0.5
+            # embeddings that give logits of order one; matrices that keep the variance; norms and biases moved off their 1 and 0
+            tied = 0.3 if config.tie_word_embeddings else 1.0
+            scale = 0.3 if p.ndim == 1 else tied if "embed" in name else 1.5 * p.shape[1] ** -0.5
             p.copy_((scale * x + (p if p.ndim == 1 else 0.0)).bfloat16().float())
     return model
 

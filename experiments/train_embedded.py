@@ -1,0 +1,386 @@
+"""Train the character model that ships inside the package (jaxtok/models/embedded), and its draft a quarter the size.
+
+Claim: a 3-layer GQA decoder of 0.47M parameters learns in under an hour on one CPU core to retrieve from text that it was
+    never trained on.
+Command: JAXTOK_DATA=... python experiments/train_embedded.py            (then again with --draft)
+         JAXTOK_DATA=... python experiments/train_embedded.py --evaluate  (the table of results/embedded/eval.json)
+Hardware, time and expected numbers: see the model card, jaxtok/models/embedded/README.md.
+
+Killed and started again, it goes on from its last checkpoint (results/embedded/<name>/checkpoints, not committed).
+
+What made it learn, in the order of the curriculum: streams of pairs in which keys recur (a loss at each recurrence, so that a
+row of 128 characters holds many questions), the number of different pairs growing; then facts in real text and lists of
+pairs with the questions at the end, at growing lengths. Jumps in the positions show short rows the distances of long ones.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+import tyro
+
+from jaxtok.evals import tasks
+from jaxtok.models import blocks, load
+from jaxtok.models.config import Config
+from jaxtok.models.text import JsonTokenizer
+from jaxtok.ops.attention import attention
+from jaxtok.train import figures
+from jaxtok.train.loop import fit
+
+ROOT = pathlib.Path(__file__).parents[1]
+CHARS = "\n" + "".join(map(chr, range(32, 127)))  # ids 1..96; 0 = U+FFFD stands for every other character
+TEXT, FORM, ANSWER = 0.1, 0.02, 1.0  # weights of the loss: of running text, of keys and wording, of answers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """steps updates on `batch` rows of `length` characters with up to `pairs` (at the start, at the end) facts, and shares of the kinds."""
+
+    steps: int
+    length: int
+    batch: int
+    pairs: tuple[int, int]
+    kinds: tuple[float, float, float]  # stream of recurring pairs, facts in text, list of pairs
+    jump: int = 0  # positions jump by up to this, once to thrice in a row
+
+
+CURRICULUM = (
+    Stage(steps=600, length=128, batch=32, pairs=(2, 8), kinds=(0.7, 0.15, 0.15)),
+    Stage(steps=700, length=256, batch=16, pairs=(6, 16), kinds=(0.3, 0.4, 0.3), jump=512),
+    Stage(steps=450, length=512, batch=8, pairs=(12, 40), kinds=(0.15, 0.5, 0.35), jump=1500),
+    Stage(steps=350, length=1024, batch=4, pairs=(20, 80), kinds=(0.1, 0.5, 0.4), jump=1500),
+    Stage(steps=120, length=4096, batch=1, pairs=(40, 300), kinds=(0.0, 0.5, 0.5)),
+)
+BIG = Config(family="qwen3", vocab=97, width=128, layers=3, heads=4, kv_heads=2, head_dim=32, hidden=256, context=4096, norm_eps=1e-6,
+             rope_theta=1e6, qk_norm=True)  # fmt: skip
+DRAFT = dataclasses.replace(BIG, width=64, head_dim=16, hidden=128)
+
+
+# --- text and tokens --------------------------------------------------------------------------------------------------
+
+_IDS = np.zeros(128, np.int32)
+_IDS[[ord(c) for c in CHARS]] = np.arange(1, len(CHARS) + 1)
+
+
+def encode(text: str) -> np.ndarray:
+    """Ids i32 [n]: what the shipped tokenizer makes of the text."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    return _IDS[np.where(codes < 127, codes, 0)]
+
+
+def tokenizer() -> JsonTokenizer:
+    """One token a character; anything but printable ASCII and the newline becomes U+FFFD."""
+    vocab = {"\ufffd": 0} | {c: i + 1 for i, c in enumerate(CHARS)}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[], unk_token="\ufffd", fuse_unk=False))
+    inner.decoder = tokenizers.decoders.Fuse()
+    return JsonTokenizer(inner)
+
+
+@functools.cache
+def books() -> tuple[str, str, str]:
+    """Moby Dick (Project Gutenberg 2701) with its lines as printed, the same unwrapped, and its last 100,000 characters (held out)."""
+    where = pathlib.Path(os.environ.get("JAXTOK_DATA") or ROOT / "data") / "text" / "moby_dick.txt"
+    if not where.is_file():
+        raise SystemExit(f"needs {where}: point JAXTOK_DATA to the shared data folder")
+    text = where.read_text("utf-8-sig")
+    for a, b in (("\u201c", '"'), ("\u201d", '"'), ("\u2018", "'"), ("\u2019", "'"), ("\u2014", "--"), ("\r", "")):
+        text = text.replace(a, b)
+    text = text[text.index("Call me Ishmael") : text.rindex("End of Project Gutenberg")]
+    text, held = text[:-100_000], text[-100_000:]
+    unwrap = lambda t: re.sub(" +", " ", re.sub(r"(?<!\n)\n(?!\n)", " ", t).replace("\n\n", "\n"))
+    return re.sub(r"\n\n+", "\n", text), unwrap(text), unwrap(held)
+
+
+def excerpt(rng: np.random.Generator, n: int) -> str:
+    """n characters of the training text from a random place on, wrapped or not."""
+    text = books()[int(rng.integers(2))]
+    start = int(rng.integers(0, len(text) - n - 1))
+    return text[start : start + n]
+
+
+# --- training rows ----------------------------------------------------------------------------------------------------
+
+SHORT = tasks.TEMPLATES["short"]
+Row = list[tuple[str, float]]  # pieces of text, each with the weight of its loss
+
+
+def pairs_of(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
+    """n different training keys with a value each; at times two keys differ in one letter."""
+    keys = tasks.word_keys(rng, n, "train")
+    if n > 1 and rng.random() < 0.3:
+        at, other = int(rng.integers(len(keys[0]))), tasks.word_keys(rng, 1, "train")[0]
+        twin = keys[0][:at] + other[0] + keys[0][at + 1 :]
+        if twin not in keys and (sum(map(ord, twin)) - ord("a") * len(twin)) % 4:
+            keys[1] = twin
+    return [(k, f"{v:04d}") for k, v in zip(keys, rng.integers(0, 10_000, n).tolist(), strict=True)]
+
+
+def stream(rng: np.random.Generator, length: int, n: int) -> Row:
+    """Pairs in which n keys recur, with a loss at each recurrence."""
+    pool, end = pairs_of(rng, n), (", ", "\n", ". ")[int(rng.integers(3))]
+    out: Row = []
+    used = size = 0
+    while size <= length:
+        fresh = used < n and (used == 0 or rng.random() > 0.4)
+        key, value = pool[used if fresh else int(rng.integers(used))]
+        used += fresh
+        out += [(key + "=", FORM), (value, 0.0 if fresh else ANSWER), (end, FORM)]
+        size += len(key) + 5 + len(end)
+    return out
+
+
+def questions(rng: np.random.Generator, pairs: list[tuple[str, str]], most: int) -> Row:
+    """Up to `most` questions, each with its answer; at times a joint one (of two to four keys) comes last."""
+    asked = [pairs[i] for i in rng.permutation(len(pairs))[:most]]
+    joint: list[tuple[str, str]] = []
+    if len(asked) > 1 and rng.random() < 0.4:
+        n = int(rng.integers(2, 5))
+        joint, asked = asked[:n], asked[n:]
+        seen = dict.fromkeys(k for k, _ in joint)
+        if len(seen) < len(joint) or rng.random() < 0.3:  # all the values of one key
+            joint = [p for p in pairs if p[0] == joint[0][0]]
+            rng.shuffle(joint)
+    out: Row = []
+    for key, value in asked:
+        out += [(SHORT.ask([key], False), FORM), (value, ANSWER)]
+    if len(joint) > 1:
+        keys, values = zip(*joint, strict=True)
+        out += [(SHORT.ask(keys, False), FORM), (values[0], ANSWER)]
+        for i in range(1, len(keys)):
+            out += [(f" ({'abcdefgh'[i]}) {keys[i]}=", 0.5), (values[i], ANSWER)]
+    return out
+
+
+def facts(rng: np.random.Generator, length: int, n: int, most: int) -> Row:
+    """n facts in text, then questions. One key in three rows has two or three values."""
+    pairs = pairs_of(rng, n)
+    if n > 3 and rng.random() < 0.33:
+        for i in range(1, int(rng.integers(2, 4))):
+            pairs[i] = (pairs[0][0], pairs[i][1])
+    unique = [p for p in pairs if sum(p[0] == k for k, _ in pairs) == 1]
+    double = [p for p in pairs if p not in unique]
+    tail = questions(rng, unique, most) if unique else []
+    if double:
+        rng.shuffle(double)
+        keys, values = zip(*double, strict=True)
+        tail += [(SHORT.ask(keys, False), FORM), (values[0], 0.3)]  # which comes first is anyone's guess
+        for i in range(1, len(keys)):
+            tail += [(f" ({'abcdefgh'[i]}) {keys[i]}=", 0.5), (values[i], ANSWER if i == len(keys) - 1 else 0.5)]
+    told = [SHORT.fact(*p) for p in pairs]
+    room = length + 1 - sum(len(t) for t, _ in tail) - sum(map(len, told))
+    if room < n + 8:
+        return facts(rng, length, max(1, n // 2), max(1, most // 2))
+    text, last, out = excerpt(rng, room), 0, []
+    for cut, fact in zip(np.sort(rng.integers(0, room, n)).tolist(), rng.permutation(told).tolist(), strict=True):
+        cut = max(last, text.rfind(" ", last, cut))
+        out += [(text[last:cut], TEXT), (fact, FORM)]
+        last = cut
+    return [*out, (text[last:], TEXT), *tail]
+
+
+def listing(rng: np.random.Generator, length: int, n: int, most: int) -> Row:
+    """A list of n pairs (text before it where there is room), then questions."""
+    pairs = pairs_of(rng, n)
+    tail = questions(rng, pairs, most)
+    body = "".join(SHORT.row(*p) for p in pairs)
+    room = length + 1 - sum(len(t) for t, _ in tail) - len(body)
+    head = [(excerpt(rng, room - 1) + "\n", TEXT)] if room > 1 else []
+    return [*head, (body, FORM), *tail]
+
+
+def batch_of(stage: Stage, seed: int, step: int, done: float) -> dict[str, np.ndarray]:
+    """The batch of a step, a function of (seed, step): ids i32 [b n+1], weight f32 [b n+1], pos i32 [b n]. done: 0..1 of the stage."""
+    rng = np.random.default_rng([seed, step])
+    n, b = stage.length, stage.batch
+    top = stage.pairs[0] + (stage.pairs[1] - stage.pairs[0]) * min(1.0, done / 0.8)
+    ids, weight = np.ones((b, n + 1), np.int32), np.zeros((b, n + 1), np.float32)
+    for i, kind in enumerate(rng.choice(3, b, p=stage.kinds)):
+        if kind == 0:
+            row = stream(rng, n, int(rng.integers(2, round(top) + 1)))
+        elif kind == 1:
+            row = facts(rng, n, int(rng.integers(1, max(2, min(round(top), n // 24)) + 1)), max(4, n // 32))
+        else:
+            row = listing(rng, n, int(rng.integers(2, max(3, min(round(top), n // 13)) + 1)), max(4, n // 32))
+        text = encode("".join(t for t, _ in row))
+        cost = np.repeat(np.array([w for _, w in row], np.float32), [len(t) for t, _ in row])
+        # a stream starts at its first pair, the others end at their last answer
+        text, cost = (text[: n + 1], cost[: n + 1]) if kind == 0 else (text[-n - 1 :], cost[-n - 1 :])
+        ids[i, n + 1 - len(text) :], weight[i, n + 1 - len(text) :] = text, cost
+    pos = np.broadcast_to(np.arange(n, dtype=np.int32), (b, n)).copy()
+    if stage.jump:
+        jumps = np.zeros((b, n), np.int32)
+        for i in np.flatnonzero(rng.random(b) < 0.6):
+            jumps[i, rng.integers(0, n, 3)] = rng.integers(0, stage.jump, 3) * (rng.random(3) < 0.7)
+        pos += np.cumsum(jumps, 1, dtype=np.int32)
+    return {"ids": ids, "weight": weight, "pos": pos}
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def apply(cfg: Config, params: Any, ids: jax.Array, pos: jax.Array) -> jax.Array:
+    """Logits f32 [b n vocab] of the causal pass at the given positions (`blocks.forward` with positions that may jump)."""
+
+    def layer(x, p):
+        q, k, v = blocks.qkv(cfg, p, x)
+        q, k = blocks.rotate(cfg, 0, q, pos), blocks.rotate(cfg, 0, k, pos)
+        out, _ = attention(q, k, v, q_pos=pos, k_pos=pos, diagonal=0)
+        return blocks.mlp(cfg, p, blocks.out_proj(cfg, p, x, out)), None
+
+    return blocks.logits(cfg, params, jax.lax.scan(layer, blocks.embed(cfg, params, ids), params["layers"])[0])
+
+
+def make_loss(cfg: Config):
+    def loss_fn(params, batch, key):
+        z = apply(cfg, params, batch["ids"][:, :-1], batch["pos"])
+        want, weight = batch["ids"][:, 1:], batch["weight"][:, 1:]
+        nll = optax.softmax_cross_entropy_with_integer_labels(z, want)
+        right = (jnp.argmax(z, -1) == want).astype(jnp.float32)
+        mean = lambda x, mask: jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+        answer, text = (weight == ANSWER).astype(jnp.float32), (jnp.abs(weight - TEXT) < 1e-6).astype(jnp.float32)
+        return mean(nll, weight), {"digits": mean(right, answer), "answer_nll": mean(nll, answer), "text_nll": mean(nll, text)}
+
+    return loss_fn
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _greedy(cfg: Config, params: Any, ids: jax.Array, live: jax.Array) -> jax.Array:
+    return jnp.argmax(blocks.forward(cfg, params, ids, live), -1)
+
+
+def exact(cfg: Config, params: Any, cases: list[tasks.Example], length: int) -> float:
+    """Fraction of the cases whose greedy continuation is the perfect one, all answers right (for one key, in any order).
+
+    Teacher forcing gives the same verdict as generating: greedy text equals the wanted text if and only if each next token does.
+    """
+    rows = []
+    for i, e in enumerate(cases):
+        keys = re.findall(r"(?:\) |Remember )([a-z]+)", e.question.split(":")[0])
+        orders = [e.answers] if len(set(keys)) == len(keys) else [e.answers, e.answers[::-1]]
+        rows += [(i, e.context + e.question, SHORT.reply(keys, order)) for order in orders]
+    size = max(1, 8192 // length)
+    good = np.zeros(len(cases), bool)
+    width = length + 32
+    for at in range(0, len(rows), size):
+        part = rows[at : at + size]
+        ids = np.zeros((size, width), np.int32)
+        for j, (_, text, reply) in enumerate(part):
+            both = encode(text + reply)
+            ids[j, width - len(both) :] = both
+        out = np.asarray(_greedy(cfg, params, ids, ids > 0))
+        for j, (i, _, reply) in enumerate(part):
+            n = len(reply)
+            good[i] |= bool((out[j, -n - 1 : -1] == ids[j, -n:]).all())
+    return float(good.mean())
+
+
+TASKS = ("needle", "multi_key", "multi_value", "multi_query", "kv_recall")
+
+
+def evaluate(cfg: Config, params: Any, lengths: tuple[int, ...], count: int) -> dict[str, dict[str, float]]:
+    """Task -> length -> score with the full cache, on evaluation keys in text that training never saw."""
+    made = lambda t, n: tasks.examples(t, count, length=n, seed=1)
+    return {t: {str(n): round(exact(cfg, params, made(t, n), n), 4) for n in lengths} for t in TASKS}
+
+
+def agreement(big: tuple[Config, Any], draft: tuple[Config, Any], length: int = 512, rows: int = 64) -> dict[str, float]:
+    """How often the draft's greedy next token is the big model's: in unseen text, and in the replies to retrieval questions."""
+    text = tasks.haystack()
+    ids = np.stack([encode(text[i * length : (i + 1) * length]) for i in range(rows)])
+    same = [np.asarray(_greedy(c, p, ids, ids >= 0)) for c, p in (big, draft)]
+    replies = []
+    for t in TASKS:
+        cases = [e for e in tasks.examples(t, rows, length=length, seed=2) if e.length == length or t == "kv_recall"]
+        for e in cases:
+            keys = re.findall(r"(?:\) |Remember )([a-z]+)", e.question.split(":")[0])
+            reply = SHORT.reply(keys, e.answers)
+            both = encode(e.context + e.question + reply)
+            row = np.zeros((1, length + 32), np.int32)
+            row[0, -len(both) :] = both
+            a, b = (np.asarray(_greedy(c, p, row, row > 0))[0, -len(reply) - 1 : -1] for c, p in (big, draft))
+            replies.append((a == b).mean())
+    return {"text": round(float((same[0] == same[1]).mean()), 4), "replies": round(float(np.mean(replies)), 4)}
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Train the embedded model, or its draft, or evaluate both as shipped."""
+
+    draft: bool = False
+    evaluate: bool = False
+    seed: int = 0
+    rate: float = 3e-3  # peak learning rate
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # of --evaluate
+    count: int = 200  # cases a task and length of --evaluate
+    out: pathlib.Path = ROOT / "experiments" / "results" / "embedded"
+    models: pathlib.Path = ROOT / "jaxtok" / "models"
+
+
+def train(args: Args) -> None:
+    name, cfg = ("draft", DRAFT) if args.draft else ("big", BIG)
+    folder = args.out / name
+    steps = sum(s.steps for s in CURRICULUM)
+    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, 100, steps, 0.03 * args.rate)
+    matrices = lambda p: jax.tree.map(lambda x: x.ndim > 1 and min(x.shape[-2:]) > cfg.layers, p)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05, mask=matrices))
+    # embeddings of std 0.7: with the usual small ones the first layers see characters too alike to match keys
+    params = blocks.stack(blocks.init(cfg, jax.random.key(args.seed), embed_std=0.7))
+    print(f"{name}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {steps} steps", flush=True)
+    ends = np.cumsum([s.steps for s in CURRICULUM])
+
+    def data(step: int) -> dict[str, np.ndarray]:
+        i = int(np.searchsorted(ends, step, side="right"))
+        stage = CURRICULUM[i]
+        return batch_of(stage, args.seed, step, (step - (ends[i] - stage.steps)) / stage.steps)
+
+    def on_log(line: dict[str, float]) -> None:
+        if line["step"] % 100 == 0:
+            print({k: round(v, 3) for k, v in line.items()}, flush=True)
+
+    state, start, loss_fn = None, time.time(), make_loss(cfg)
+    for end in ends.tolist():
+        state = fit(
+            loss_fn, params if state is None else None, data, optimizer=optimizer, steps=end, state=state, seed=args.seed,
+            directory=folder / "checkpoints", save_every=200, log_every=10, tokens=lambda b: b["pos"].size, on_log=on_log, progress=False,
+        )  # fmt: skip
+        print(f"after {end}:", evaluate(cfg, blocks.unstack(state.params), (256, 512, 1024), 64), f"{time.time() - start:.0f} s", flush=True)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_bytes((folder / "checkpoints" / "metrics.jsonl").read_bytes())
+    figures.curves(metrics, folder / "curves.png", ("loss", "digits", "text_nll"), smooth=15)
+    where = args.models / ("embedded_draft" if args.draft else "embedded")
+    load.save(where, cfg, jax.tree.map(jnp.asarray, blocks.unstack(state.params)), tokenizer())
+    print(f"wrote {where}", flush=True)
+
+
+def report(args: Args) -> None:
+    out: dict[str, Any] = {"count": args.count}
+    both = {}
+    for name in ("embedded", "embedded_draft"):
+        cfg, params, _ = load.load(args.models / name)
+        both[name] = (cfg, params)
+        out[name] = evaluate(cfg, params, args.lengths if name == "embedded" else args.lengths[:3], args.count)
+        print(name, json.dumps(out[name]), flush=True)
+    out["draft_agreement"] = agreement(both["embedded"], both["embedded_draft"])
+    (args.out / "eval.json").write_text(json.dumps(out, indent=1) + "\n")
+    print(out["draft_agreement"])
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    report(args) if args.evaluate else train(args)

@@ -1,0 +1,526 @@
+"""Long-context tasks: seeded generators of any length, a reader of RULER-style jsonl, and the scores.
+
+A case is a context, a question that the model continues, and the answers. The two are apart so that a cache can be
+compressed after the context (question unseen) or after context + question (query-aware). Two wordings:
+
+    "short"  made for a small character model and easy to read: a fact is the sentence " Remember mako=5283.", the question
+             "\\nRemember mako=". Several at once: "\\nRecall (a) mako (b) tiru: (a) mako=", continued "5283 (b) tiru=9912".
+    "ruler"  the wording of RULER (arXiv:2404.06654), for language models.
+
+Keys of the short wording are random letters, split by a checksum: those for training (`split="train"`) and those for
+evaluation never meet. The default haystack is `haystack()`, text that the embedded model was not trained on.
+"""
+
+import dataclasses
+import functools
+import importlib.resources
+import inspect
+import json
+import math
+import pathlib
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Encode = Callable[[str], Sequence[int]]
+
+
+class Example(NamedTuple):
+    """One case."""
+
+    context: str
+    question: str  # follows the context; the model continues it
+    answers: tuple[str, ...]  # in the order in which a perfect continuation gives them
+    depth: float  # where in the context the (first) answer stands, 0 start .. 1 end; nan where answers are spread
+    length: int  # tokens of context + tokens of question
+    task: str
+    max_new: int  # tokens that a perfect continuation takes
+
+
+def chars(text: str) -> list[int]:
+    """The default `encode`: a token a character."""
+    return list(map(ord, text))
+
+
+@functools.cache
+def haystack() -> str:
+    """The text inside the package that the embedded model never saw: 150 KB of Shakespeare (public domain, see haystack.md)."""
+    return importlib.resources.files("jaxtok.evals").joinpath("haystack.txt").read_text("utf-8")
+
+
+# --- keys and values --------------------------------------------------------------------------------------------------
+
+_LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+_ADJECTIVES = (
+    "able amber brave brisk calm clever crisp daring eager early fair fancy fresh gentle glad grand green happy humble keen kind late light "
+    "lively lucky mellow merry mild neat noble odd pale plain proud quick quiet rapid rare sharp shy silver sleepy smart soft steady "
+    "sunny swift tidy warm wise"
+).split()
+_NOUNS = (
+    "anchor apple arrow badge basket bell bridge button candle castle cloud comet copper crown desert dragon engine falcon feather forest "
+    "garden glacier hammer harbor island jacket kettle ladder lantern marble meadow mirror orchard paper pepper pillow planet pocket "
+    "rabbit ribbon river saddle shadow spoon stone summit table tiger valley window"
+).split()
+
+
+def word_keys(rng: np.random.Generator, n: int, split: str = "eval", *, letters: tuple[int, int] = (4, 6)) -> list[str]:
+    """n different keys of `letters` (fewest, most) random letters; about one word in four is an evaluation key, the rest train.
+
+    The sum of its letters (a = 0) modulo 4 tells: 0 = evaluation.
+    """
+    if split not in ("train", "eval"):
+        raise ValueError(f"split={split!r}; supported: train, eval")
+    out: dict[str, None] = {}
+    while len(out) < n:
+        m = 6 * (n - len(out)) + 8
+        ids, sizes = rng.integers(0, 26, (m, letters[1])), rng.integers(letters[0], letters[1] + 1, m)
+        keep = (np.where(np.arange(letters[1]) < sizes[:, None], ids, 0).sum(1) % 4 == 0) == (split == "eval")
+        out |= dict.fromkeys("".join(_LETTERS[i[:s]]) for i, s in zip(ids[keep], sizes[keep], strict=True))
+    return list(out)[:n]
+
+
+def phrase_keys(rng: np.random.Generator, n: int, split: str = "eval") -> list[str]:
+    """n different keys adjective-noun, or adjective-adjective-noun where n is large. `split` is of no consequence."""
+    bases = [_ADJECTIVES, _NOUNS] if n <= 1000 else [_ADJECTIVES, _ADJECTIVES, _NOUNS]
+    total = math.prod(map(len, bases))
+    if n > total:
+        raise ValueError(f"{n} keys wanted, the ruler wording has {total}; shorten the context or use template='short'")
+    picks = np.unravel_index(rng.choice(total, n, replace=False), [len(b) for b in bases])
+    return ["-".join(b[i] for b, i in zip(bases, row, strict=True)) for row in zip(*picks, strict=True)]
+
+
+def values(rng: np.random.Generator, n: int, digits: int) -> list[str]:
+    """n different numbers of exactly `digits` digits (leading zeros allowed below 5 digits)."""
+    low = 0 if digits < 5 else 10 ** (digits - 1)
+    if n > (10**digits - low) // 2:
+        raise ValueError(f"{n} values wanted, too many to differ in {digits} digits; give digits={digits + 2}")
+    out: dict[int, None] = {}
+    while len(out) < n:
+        out |= dict.fromkeys(rng.integers(low, 10**digits, n - len(out)).tolist())
+    return [f"{v:0{digits}d}" for v in out]
+
+
+# --- wordings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Template:
+    """A wording. `intro(n)` opens a context with n facts; `ask` ends where the (first) answer begins; `reply` is a perfect continuation."""
+
+    digits: int
+    keys: Callable[..., list[str]]
+    intro: Callable[[int], str]
+    fact: Callable[[str, str], str]  # a sentence amid text, with its leading space
+    row: Callable[[str, str], str]  # an entry of a list
+    ask: Callable[[Sequence[str], bool], str]  # (keys, has each key more values than one?)
+    reply: Callable[[Sequence[str], Sequence[str]], str]
+
+
+def _label(i: int) -> str:
+    return f"({chr(ord('a') + i)})" if i < 26 else f"({i + 1})"
+
+
+def _short_ask(keys: Sequence[str], several: bool) -> str:
+    if len(keys) == 1:
+        return f"\nRemember {keys[0]}="
+    return "\nRecall " + " ".join(f"{_label(i)} {k}" for i, k in enumerate(keys)) + f": (a) {keys[0]}="
+
+
+def _short_reply(keys: Sequence[str], answers: Sequence[str]) -> str:
+    return answers[0] + "".join(f" {_label(i)} {k}={v}" for i, (k, v) in enumerate(zip(keys, answers, strict=True)) if i)
+
+
+def _join(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + (", and " if len(words) > 2 else " and ") + words[-1]
+
+
+def _ruler_ask(keys: Sequence[str], several: bool) -> str:
+    names = _join(list(dict.fromkeys(keys)))
+    if len(keys) == 1 and not several:
+        about = f"special magic number for {names} mentioned in the provided text is"
+        return f"\nWhat is the special magic number for {names} mentioned in the provided text? The {about}"
+    about = f"special magic numbers for {names} mentioned in the provided text are"
+    return f"\nWhat are all the special magic numbers for {names} mentioned in the provided text? The {about}"
+
+
+def _ruler_intro(n: int) -> str:
+    some = "A special magic number is" if n == 1 else "Some special magic numbers are"
+    it, number = ("it", "number") if n == 1 else ("them", "numbers")
+    return f"{some} hidden within the following text. Make sure to memorize {it}. I will quiz you about the {number} afterwards.\n"
+
+
+def _ruler_fact(key: str, value: str) -> str:
+    return f"One of the special magic numbers for {key} is: {value}."
+
+
+TEMPLATES = {
+    "short": Template(
+        digits=4,
+        keys=word_keys,
+        intro=lambda n: "",
+        fact=lambda k, v: f" Remember {k}={v}.",
+        row=lambda k, v: f"{k}={v}, ",
+        ask=_short_ask,
+        reply=_short_reply,
+    ),
+    "ruler": Template(
+        digits=7,
+        keys=phrase_keys,
+        intro=_ruler_intro,
+        fact=lambda k, v: " " + _ruler_fact(k, v),
+        row=lambda k, v: _ruler_fact(k, v) + "\n",
+        ask=_ruler_ask,
+        reply=lambda keys, answers: " " + _join(answers) + ".",
+    ),
+}
+
+
+# --- filling a context to a length ------------------------------------------------------------------------------------
+
+
+class _Source(NamedTuple):
+    """What a task draws from."""
+
+    rng: np.random.Generator
+    encode: Encode
+    room: int  # tokens of context + question
+    depth: float | None
+    text: str
+    template: Template
+    split: str
+
+    def fit(self, build: Callable[[int], str], question: str, *, unit: float = 1.0) -> str:
+        """The longest `build(n)` found, n >= 0, that with the question takes at most `room` tokens; `unit`: characters that n adds by one."""
+        room = self.room - len(self.encode(question))
+        base = build(0)
+        low, used = 0, len(self.encode(base))
+        if used > room:
+            raise ValueError(f"length={self.room} tokens is too short: the case takes {used + self.room - room} without its filler; raise length")
+        best, high, per = base, None, 1 / unit
+        guess = low + max(1, int((room - used) * per))
+        for _ in range(24):
+            made = build(guess)
+            count = len(self.encode(made))
+            if count <= room:
+                low, used, best = guess, count, made
+            else:
+                high = guess
+            if count == room or (high is not None and high - low <= 1):
+                break
+            per = guess / max(1, count - len(self.encode(base))) if guess > 0 else per
+            guess = low + max(1, int((room - used) * per))
+            if high is not None and guess >= high:  # the estimate overshoots: halve
+                guess = (low + high) // 2
+            if guess == low:
+                break
+        return best
+
+    def window(self) -> Callable[[int], str]:
+        """n characters of the haystack from a random word on, round and round."""
+        text = self.text
+        start = int(self.rng.integers(0, len(text)))
+        start = max(text.find(" ", start), text.find("\n", start)) + 1 if text.find(" ", start) >= 0 else 0
+
+        def take(n: int) -> str:
+            out = text[start : start + n]
+            while len(out) < n:
+                out += text[: n - len(out)]
+            return out
+
+        return take
+
+    def fresh(self, n: int, many: int = 1) -> tuple[list[str], list[str]]:
+        """n keys and n * many values."""
+        return self.template.keys(self.rng, n, self.split), values(self.rng, n * many, self.template.digits)
+
+    def place(self) -> float:
+        return float(self.rng.random()) if self.depth is None else self.depth
+
+
+def _hide(text: str, facts: Sequence[tuple[float, str]]) -> str:
+    """Insert each fact at its depth (a fraction of the text), moved back to the end of a word."""
+    out, last = [], 0
+    for depth, fact in sorted(facts):
+        cut = round(depth * len(text))
+        if cut < len(text):
+            cut = max(text.rfind(" ", 0, cut + 1), text.rfind("\n", 0, cut + 1), 0)
+        cut = max(cut, last)
+        out += [text[last:cut], fact]
+        last = cut
+    return "".join(out) + text[last:]
+
+
+class _Draft(NamedTuple):
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    reply: str
+    unique: bool = True  # each answer must stand in the context exactly once
+
+
+def _needles(s: _Source, asked: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]], several: bool = False) -> _Draft:
+    """Facts in text, some of which are asked; the first asked one stands at the wanted depth."""
+    t = s.template
+    facts = [(s.place() if i == 0 else float(s.rng.random()), t.fact(k, v)) for i, (k, v) in enumerate([*asked, *others])]
+    keys, answers = [k for k, _ in asked], [v for _, v in asked]
+    question = t.ask(keys, several)
+    take, intro = s.window(), t.intro(len(facts))
+    return _Draft(s.fit(lambda n: intro + _hide(take(n), facts), question), question, tuple(answers), t.reply(keys, answers))
+
+
+def _needle(s: _Source) -> _Draft:
+    keys, vals = s.fresh(1)
+    return _needles(s, [(keys[0], vals[0])], [])
+
+
+def _multi_key(s: _Source, *, needles: int = 8) -> _Draft:
+    keys, vals = s.fresh(needles)
+    pairs = list(zip(keys, vals, strict=True))
+    return _needles(s, pairs[:1], pairs[1:])
+
+
+def _multi_value(s: _Source, *, asked: int = 2, needles: int = 4) -> _Draft:
+    """`asked` facts with one key, the rest with others; all values of that key are wanted."""
+    keys, vals = s.fresh(needles - asked + 1, asked)
+    return _needles(s, [(keys[0], v) for v in vals[:asked]], list(zip(keys[1:], vals[asked:])), several=True)  # noqa: B905
+
+
+def _multi_query(s: _Source, *, asked: int = 2, needles: int = 8) -> _Draft:
+    keys, vals = s.fresh(needles)
+    pairs = list(zip(keys, vals, strict=True))
+    return _needles(s, pairs[:asked], pairs[asked:])
+
+
+def _kv_recall(s: _Source) -> _Draft:
+    """A list of pairs that fills the context, one of them asked: associative recall."""
+    t = s.template
+    most = s.room // 2 + 2  # a pair takes two tokens or more
+    keys, vals = s.fresh(min(most, (10**t.digits) // 4))
+    rows = [t.row(k, v) for k, v in zip(keys, vals, strict=True)]
+    place = s.place()
+    # every question of this wording is as long as the longest key makes it, so the list can be fitted before the pair is chosen
+    longest = t.ask([max(keys, key=len)], False)
+    intro = t.intro(2)
+    context = s.fit(lambda n: intro + "".join(rows[: n + 1]), longest, unit=len("".join(rows)) / len(rows))
+    n = next(i for i in range(len(rows) + 1) if len(intro) + sum(map(len, rows[:i])) == len(context))
+    if n == len(rows):
+        raise ValueError(f"length={s.room} needs more than {n} pairs of {t.digits} digits; use template='ruler' or a shorter length")
+    i = min(n - 1, int(place * n))
+    return _Draft(context, t.ask([keys[i]], False), (vals[i],), t.reply([keys[i]], [vals[i]]))
+
+
+def _variable_tracking(s: _Source, *, hops: int = 4) -> _Draft:
+    """A chain x1 = value, x2 = x1, ...: which keys hold the value? Links in order, at random places (`depth` is of no consequence)."""
+    short = s.template is TEMPLATES["short"]
+    keys, vals = word_keys(s.rng, hops + 1, s.split), values(s.rng, 1, s.template.digits + (0 if short else -2))
+    if not short:
+        keys = [k.upper() for k in keys]
+    sources = [vals[0], *keys[:-1]]
+    if short:
+        links = [f" Remember {k}={v}." for k, v in zip(keys, sources, strict=True)]
+        question = f"\nRecall keys of {vals[0]}:"
+    else:
+        links = [f" VAR {k} = {v if i == 0 else 'VAR ' + v}." for i, (k, v) in enumerate(zip(keys, sources, strict=True))]
+        question = (
+            f"\nQuestion: Find all variables that are assigned the value {vals[0]} in the text above. Answer: According to the chain(s) of "
+            f"variable assignment in the text above, {len(keys)} variables are assigned the value {vals[0]}, they are:"
+        )
+    intro = "" if short else "Memorize and track the chain(s) of variable assignment hidden in the following text.\n"
+    facts = list(zip(np.sort(s.rng.random(len(links))).tolist(), links, strict=True))
+    take = s.window()
+    return _Draft(s.fit(lambda n: intro + _hide(take(n), facts), question), question, tuple(keys), " " + " ".join(keys), unique=False)
+
+
+def _shuffled(s: _Source, words: list[str], join: Callable[[list[str]], str]) -> str:
+    # a fixed seed a case, so that `fit` sees a function of n
+    order = np.random.default_rng(int(s.rng.bit_generator.seed_seq.generate_state(1)[0])).permutation(len(words))  # type: ignore[attr-defined]
+    return join([words[i] for i in order])
+
+
+def _common_words(s: _Source, *, common: int | None = None, times: int | None = None, rare: int | None = None) -> _Draft:
+    """`common` words stand `times` times each, the others `rare` times: which are common? (10, 30, 3 in RULER; 3, 8, 1 short.)"""
+    short = s.template is TEMPLATES["short"]
+    common, times, rare = (d if x is None else x for x, d in zip((common, times, rare), (3, 8, 1) if short else (10, 30, 3), strict=True))
+    if times <= rare:
+        raise ValueError(f"times={times} must be over rare={rare}")
+    words = word_keys(s.rng, s.room + common, s.split)
+    intro = "" if short else "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
+    join = " ".join if short else lambda w: " ".join(f"{i + 1}. {x}" for i, x in enumerate(w))
+    question = "\nRecall the most common words:"
+    if not short:
+        question = f"\nQuestion: What are the {common} most common words in the above list? Answer: The top {common} words that appear most often in the list are:"
+
+    def build(n: int) -> str:
+        return intro + _shuffled(s, words[:common] * times + words[common : common + n] * rare, join)
+
+    return _Draft(s.fit(build, question, unit=6.0 * rare), question, tuple(words[:common]), " " + " ".join(words[:common]), unique=False)
+
+
+def _frequent_words(s: _Source, *, alpha: float = 2.0, top: int = 3) -> _Draft:
+    """Words whose counts fall as rank ** -alpha amid dots (the most frequent "word"): which are the `top` most frequent?"""
+    short = s.template is TEMPLATES["short"]
+    words = word_keys(s.rng, 50, s.split, letters=(6, 6))
+    share = np.arange(2, 52) ** -float(alpha)
+    share = share / (1 + share.sum())
+    intro = "" if short else "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words. "
+    question = "\nRecall the most frequent words:"
+    if not short:
+        question = (
+            "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared words in the "
+            "above coded text? Answer: According to the coded text above, the three most frequently appeared words are:"
+        )
+
+    def build(n: int) -> str:
+        counts = np.round(share * (n + 20)).astype(int)
+        counts[: top + 1] += np.arange(top, -1, -1)  # strictly ordered however short the text
+        listed = [w for w, c in zip(words, counts, strict=True) for _ in range(c)]
+        return intro + _shuffled(s, listed + ["..."] * max(0, n + 20 - len(listed)), " ".join)
+
+    return _Draft(s.fit(build, question, unit=5.0), question, tuple(words[:top]), " " + " ".join(words[:top]), unique=False)
+
+
+TASKS: dict[str, Callable[..., _Draft]] = {
+    "needle": _needle,
+    "multi_key": _multi_key,
+    "multi_value": _multi_value,
+    "multi_query": _multi_query,
+    "kv_recall": _kv_recall,
+    "variable_tracking": _variable_tracking,
+    "common_words": _common_words,
+    "frequent_words": _frequent_words,
+}
+
+
+def examples(
+    task: str,
+    count: int,
+    *,
+    length: int,
+    encode: Encode = chars,
+    seed: int = 0,
+    depth: float | None = None,
+    text: str | None = None,
+    template: str = "short",
+    split: str = "eval",
+    **options: Any,
+) -> list[Example]:
+    """`count` cases of a task, each a function of (task, seed, its index) alone.
+
+    length: tokens of context + question under `encode`, each encoded by itself, no special tokens; a case is at most that long and as
+        close as its filler allows (a character, a word or a pair).
+    depth: where the asked fact stands, 0 the start .. 1 the end of the context; None = uniform, drawn for each case.
+    text: the haystack; None = `haystack()`. template: a wording of `TEMPLATES`. split: which keys ("train" is for training).
+    options: multi_key needles=8; multi_value asked=2, needles=4; multi_query asked=2, needles=8 (facts in all); variable_tracking hops=4;
+        common_words common, times, rare; frequent_words alpha=2, top=3.
+    Raises ValueError for an unknown name, a depth outside 0..1, an option the task lacks, or a length with no room for the facts.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}")
+    if template not in TEMPLATES:
+        raise ValueError(f"template={template!r}; supported: {', '.join(TEMPLATES)}")
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth={depth} must be between 0 (start) and 1 (end)")
+    known = set(inspect.signature(TASKS[task]).parameters) - {"s"}
+    if not known >= set(options):
+        raise ValueError(f"task {task} has no option {', '.join(sorted(set(options) - known))}; it has: {', '.join(sorted(known)) or 'none'}")
+    text = haystack() if text is None else text
+    if not text.strip():
+        raise ValueError("the haystack text is empty")
+    return [_case(task, i, length, encode, seed, depth, text, template, split, options) for i in range(count)]
+
+
+def _case(task: str, i: int, length: int, encode: Encode, seed: int, depth: float | None, text: str, name: str, split: str, options: Any) -> Example:
+    template = TEMPLATES[name]
+    for attempt in range(50):
+        rng = np.random.default_rng([seed, zlib.crc32(task.encode()), i, attempt])
+        draft = TASKS[task](_Source(rng, encode, length, depth, text, template, split), **options)
+        if not draft.unique or all(draft.context.count(a) == 1 for a in draft.answers):
+            break
+    else:
+        raise ValueError(f"the haystack holds so many numbers of {template.digits} digits that no answer is unique in it; use another text")
+    found = draft.context.find(draft.answers[0]) if draft.unique else -1
+    return Example(
+        context=draft.context,
+        question=draft.question,
+        answers=draft.answers,
+        depth=found / len(draft.context) if found >= 0 else math.nan,
+        length=len(encode(draft.context)) + len(encode(draft.question)),
+        task=task,
+        max_new=len(encode(draft.reply)),
+    )
+
+
+def needle_grid(count: int, *, lengths: Sequence[int], depths: Sequence[float], **options: Any) -> list[Example]:
+    """`count` needles for each length and depth: the cases of a heat map, lengths outermost. Options as `examples`."""
+    return [e for n in lengths for d in depths for e in examples("needle", count, length=n, depth=d, **options)]
+
+
+# --- RULER's files ----------------------------------------------------------------------------------------------------
+
+# tokens that RULER lets a model generate
+_GENERATE = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
+
+
+def read_jsonl(path: str | pathlib.Path, *, encode: Encode | None = None, limit: int | None = None) -> list[Example]:
+    """RULER-style rows {"input", "outputs", optional "length"}; the task is the file's stem.
+
+    The question is the last line of `input` (what follows its last newline, the newline included): in RULER's files the question and the
+    start of the answer stand there. length: the row's, else counted with `encode`, else -1. max_new: RULER's for a file named like one of
+    its tasks, else the longest answer's tokens or characters times the number of answers.
+    Raises ValueError that names the line for a row that is not of this form.
+    """
+    path = pathlib.Path(path)
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"cannot read {path}: {e}") from None
+    out = []
+    for i, line in enumerate(lines, 1):
+        if limit is not None and len(out) >= limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            text, answers = row["input"], row["outputs"]
+            good = isinstance(text, str) and isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            raise ValueError(f'{path}:{i} is not a row {{"input": text, "outputs": [answers]}}')
+        cut = max(0, text.rstrip("\n").rfind("\n"))
+        context, question = text[:cut], text[cut:]
+        count = len if encode is None else lambda t: len(encode(t))
+        length = row["length"] if isinstance(row.get("length"), int) else -1 if encode is None else count(context) + count(question)
+        found = context.find(answers[0])
+        new = next((n for name, n in _GENERATE.items() if path.stem.startswith(name)), None)
+        out.append(
+            Example(
+                context=context,
+                question=question,
+                answers=tuple(answers),
+                depth=found / len(context) if found >= 0 else math.nan,
+                length=length,
+                task=path.stem,
+                max_new=len(answers) * (max(map(count, answers)) + 2) if new is None else new,
+            )
+        )
+    if not out:
+        raise ValueError(f"{path} has no rows")
+    return out
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def string_match(prediction: str, answers: Iterable[str]) -> float:
+    """RULER's score: the fraction of the answers that the prediction contains, case ignored."""
+    found = [a.lower() in prediction.lower() for a in answers]
+    return sum(found) / len(found)
+
+
+def exact_first(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the prediction, blanks in front apart, begins with the first answer, else 0.0."""
+    return float(prediction.lstrip().startswith(answers[0]))

@@ -1,0 +1,1 @@
+"""Methods that compress a cache once, after a prefill."""

@@ -1,0 +1,1 @@
+"""Methods that keep a cache at its capacity at every step."""

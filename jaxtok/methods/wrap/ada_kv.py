@@ -1,0 +1,121 @@
+"""AdaKV: the heads of a layer share one budget."""
+
+import dataclasses
+import math
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.core import budget, check, select
+from jaxtok.core.protocols import CacheCompressor, CacheScorer
+from jaxtok.core.registry import register
+from jaxtok.core.types import KV, Evidence, Needs, Plan
+
+
+@register("ada_kv", paper="arXiv:2407.11550", site="cache")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaKV(CacheCompressor):
+    """Spread the slots that `base` would keep over the KV heads of a layer by one joint ranking of its scores.
+
+    With c = the slots that `base` leaves to unprotected tokens in each head and g heads: a_h = how many of the layer's g*c highest
+    unprotected scores lie in head h; c_h = (1 - alpha) a_h + alpha c; head h keeps its protected tokens and its c_h best others.
+
+    The c_h are rounded by largest remainder (ties: the lower head), so that sum_h c_h = g*c exactly; a short row has fewer
+    candidates, c is then what `base` would keep of it. A traced `keep` is the average over heads. alpha = 1 is `base`; so are heads
+    of equal scores.
+
+    variant: "paper" as above. "official" (FFY0/AdaKV): c_h = round_half_even(float32((1 - alpha) a_h) + floor(alpha c)); the sum is
+    then not g*c (251 of 256 was seen). "kvpress": every head keeps its best floor(alpha * keep), protected ones included; the
+    rest of g*c goes to the jointly best of what remains.
+    `normalize` (official option): in the joint ranking a head's scores (>= 0) count times the share of its c best in its sum.
+    `skip` (official option): the first `skip` layers use `base` as it is.
+
+    Memory: every head has ceil(slack * capacity) static slots, at most n, which is what is allocated; a budget is so made honest
+    at slack = 1 only. Slots beyond a head's budget are dead. What a head with more than `slack` times the average has no room for
+    is dropped (lowest scores first) and counted in `lost`.
+
+    Needs a base that scores (`CacheScorer`); wrap `PerLayer` or `KeyRerotation` around this, not inside.
+    """
+
+    base: CacheScorer
+    alpha: float = 0.2
+    slack: float = 2.0
+    skip: int = 0
+    normalize: bool = False
+    variant: str = "paper"
+
+    def __post_init__(self):
+        if not isinstance(self.base, CacheScorer):
+            raise TypeError(f"ada_kv needs the scores of its base, a CacheScorer; got {self.base!r}. Put other wrappers around ada_kv")
+        check.between("alpha", self.alpha, 0.0, 1.0)
+        check.between("slack", self.slack, 1.0, 1e6)
+        check.at_least("skip", self.skip, 0)
+        check.one_of("variant", self.variant, ("paper", "official", "kvpress"))
+
+    @property
+    def capacity(self) -> int:  # type: ignore[override]
+        """The average budget of a head."""
+        return self.base.capacity
+
+    @property
+    def slots(self) -> int:
+        """Static slots of each head."""
+        even = self.alpha == 1 and self.variant != "official"
+        return self.capacity if even else math.ceil(Fraction(str(self.slack)) * self.capacity)
+
+    @property
+    def needs(self) -> Needs:
+        return self.base.needs
+
+    def init_params(self, key: jax.Array, cfg):
+        return self.base.init_params(key, cfg)
+
+    def resize(self, capacity: int) -> "AdaKV":
+        return dataclasses.replace(self, base=self.base.resize(capacity))
+
+    def layer(self, i: int, layers: int) -> CacheCompressor:
+        base = self.base.layer(i, layers)
+        return base if i < self.skip else dataclasses.replace(self, base=base)
+
+    def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
+        n = kv.pos.shape[-1]
+        score = select.finite(self.base.score(params, kv, evidence))
+        live, safe = kv.pos >= 0, self.base.protect.mask(kv.pos, kv.seen)
+        budgets = budget.per_head(keep, kv.pos.shape[:2], min(self.capacity, n))
+        mask = select.choose(score, live, self.heads(score, live, safe, budgets), safe)
+        return select.pack(mask, self.slots, jnp.where(safe, jnp.inf, score))
+
+    def heads(
+        self, score: Float[Array, "b g s"], live: Bool[Array, "b g s"], safe: Bool[Array, "b g s"], keep: Int[Array, "b g"]
+    ) -> Int[Array, "b g"]:
+        """How many unprotected slots each head keeps."""
+        free = live & ~safe
+        taken, there = jnp.sum(safe, -1, dtype=jnp.int32), jnp.sum(free, -1, dtype=jnp.int32)
+        room = jnp.clip(keep - taken, 0, there)  # what the base would keep
+        total = jnp.sum(room, -1, dtype=jnp.int32)
+        alpha = Fraction(str(self.alpha)).limit_denominator(1000)
+        p, q = alpha.numerator, alpha.denominator
+        joint = score
+        if self.normalize:
+            best = select.choose(score, live, room, safe) & free
+            whole = jnp.sum(jnp.where(free, score, 0.0), -1)
+            share = jnp.sum(jnp.where(best, score, 0.0), -1) / jnp.where(whole > 0, whole, 1.0)
+            joint = score * share[..., None]
+        if self.variant == "kvpress":
+            least = jnp.clip(keep * p // q - taken, 0, room)
+            first = select.choose(score, free, least)
+            return least + self._picks(joint, free & ~first, total - jnp.sum(least, -1, dtype=jnp.int32))
+        picks = self._picks(joint, free, total)
+        if self.variant == "official":
+            even = jnp.round(picks.astype(jnp.float32) * (1 - self.alpha) + (room * p // q).astype(jnp.float32))
+            return jnp.clip(even.astype(jnp.int32), 0, there)
+        return budget.apportion((q - p) * picks + p * room, q)
+
+    def _picks(self, score, candidate, total):
+        """i32 [b g]: how many of the `total` [b] highest scores of all heads lie in each."""
+        b, g, n = score.shape
+        most = g * min(self.capacity, n)
+        top = select.choose(score.reshape(b, g * n), candidate.reshape(b, g * n), total, most=most)
+        return jnp.sum(top.reshape(b, g, n), -1, dtype=jnp.int32)

@@ -1,0 +1,79 @@
+"""Chain: one compressor after the other."""
+
+import dataclasses
+import functools
+
+import jax
+
+from jaxtok.core import select
+from jaxtok.core.compose import compose
+from jaxtok.core.protocols import CacheCompressor
+from jaxtok.core.reduce import move, reduce_kv
+from jaxtok.core.registry import register
+from jaxtok.core.types import KV, Evidence, Needs, Plan
+
+
+@register("chain", paper="NVIDIA/kvpress", site="cache")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain(CacheCompressor):
+    """Compress by `methods[0]`, what is left by `methods[1]`, and so on; each sees the evidence of what is left.
+
+    A traced `keep` is the last method's budget; the others take their capacities. A method whose capacity is not below the slots
+    that reach it does nothing. A chain of one is that method. `params` is a tuple, one entry a method.
+    Source: kvpress's ComposedPress.
+    """
+
+    methods: tuple[CacheCompressor, ...]
+
+    def __post_init__(self):
+        if not self.methods:
+            raise ValueError("chain needs at least one method, got ()")
+        for method in self.methods:
+            if not isinstance(method, CacheCompressor):
+                raise TypeError(f"chain takes cache compressors, got {method!r}")
+
+    @property
+    def capacity(self) -> int:  # type: ignore[override]
+        return min(method.capacity for method in self.methods)
+
+    @property
+    def slots(self) -> int:
+        return min(method.slots for method in self.methods)
+
+    @property
+    def needs(self) -> Needs:
+        return functools.reduce(lambda a, b: a | b, (method.needs for method in self.methods))
+
+    @property
+    def rotates(self) -> bool:
+        return any(getattr(method, "rotates", False) for method in self.methods)
+
+    def init_params(self, key: jax.Array, cfg):
+        return tuple(method.init_params(jax.random.fold_in(key, i), cfg) for i, method in enumerate(self.methods))
+
+    def resize(self, capacity: int) -> "Chain":
+        """The last method's capacity."""
+        return Chain(methods=(*self.methods[:-1], self.methods[-1].resize(capacity)))
+
+    def layer(self, i: int, layers: int) -> CacheCompressor:
+        return Chain(methods=tuple(method.layer(i, layers) for method in self.methods))
+
+    def _links(self, params, keep):
+        """(method, its params, its budget) in turn."""
+        last = len(self.methods) - 1
+        own = params if params else ({},) * len(self.methods)
+        return [(method, p, keep if i == last else None) for i, (method, p) in enumerate(zip(self.methods, own, strict=True))]
+
+    def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
+        whole = select.identity(kv.pos.shape)
+        for method, own, budget in self._links(params, keep):
+            if budget is None and method.capacity >= kv.pos.shape[-1]:
+                continue
+            plan = method.plan(own, kv, evidence, budget)
+            kv, evidence, whole = reduce_kv(plan, kv), move(plan, evidence), compose(whole, plan)
+        return whole
+
+    def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
+        for method, own, budget in self._links(params, keep):
+            kv, evidence = method.compress(own, kv, evidence, budget)
+        return kv, evidence

@@ -1,0 +1,72 @@
+"""KeyRerotation: what stays stands close together."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxtok.core.protocols import CacheCompressor
+from jaxtok.core.reduce import ranks, turn
+from jaxtok.core.registry import register
+from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
+
+
+@register("key_rerotation", paper="arXiv:2408.00167", site="cache")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyRerotation(CacheCompressor):
+    """Compress by `base`, then rotate the keys that stay to compact positions: k_j = R(id_j) k_j^unrotated.
+
+    id_j = C - (live keys of the head) + (how many of them are older than j), with C = the largest number of live keys of a row's
+    heads: the newest key of every head gets C - 1, and the next token gets C whatever the head (`delta` = C - `seen`). Heads with
+    fewer keys begin later. Order (`pos`, `seen`) stays, so causality and windows are untouched. Since R(a) R(b) = R(a + b) this is
+    the rotation by id_j minus the old id.
+
+    Nothing dropped is the identity where the rows came in without gaps; where `base` has nothing to do statically, nothing moves.
+    Source: FINCH's position policy, kvpress's KeyRerotationPress (heads of equal budgets there).
+    """
+
+    rotates: ClassVar[bool] = True
+
+    base: CacheCompressor
+
+    def __post_init__(self):
+        if not isinstance(self.base, CacheCompressor):
+            raise TypeError(f"key_rerotation needs a CacheCompressor as its base, got {self.base!r}")
+
+    @property
+    def capacity(self) -> int:  # type: ignore[override]
+        return self.base.capacity
+
+    @property
+    def slots(self) -> int:
+        return self.base.slots
+
+    @property
+    def needs(self) -> Needs:
+        return self.base.needs | Needs(keys=True)
+
+    def init_params(self, key: jax.Array, cfg):
+        return self.base.init_params(key, cfg)
+
+    def resize(self, capacity: int) -> "KeyRerotation":
+        return dataclasses.replace(self, base=self.base.resize(capacity))
+
+    def layer(self, i: int, layers: int) -> CacheCompressor:
+        return dataclasses.replace(self, base=self.base.layer(i, layers))
+
+    def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
+        """Which slots stay; that they are turned only `compress` can say."""
+        return self.base.plan(params, kv, evidence, keep)
+
+    def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
+        if evidence.keys is None or evidence.freqs is None:
+            raise ValueError("key_rerotation needs the keys before the rotary embedding and its frequencies: a model with rotary positions")
+        if keep is None and self.capacity >= kv.pos.shape[-1]:
+            return kv, evidence
+        kv, evidence = self.base.compress(params, kv, evidence, keep)
+        live = live_count(kv.pos)
+        end = jnp.max(live, -1)
+        ids = jnp.where(kv.pos >= 0, ranks(kv.pos) + (end[:, None] - live)[..., None], 0)
+        k = turn(evidence.keys, ids, evidence.freqs).astype(kv.k.dtype)  # type: ignore[arg-type]
+        return kv._replace(k=k, delta=end - kv.seen), evidence

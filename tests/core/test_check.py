@@ -1,0 +1,43 @@
+"""Every check names the value and the cure."""
+
+import math
+
+import pytest
+
+from jaxtok.core import check
+
+
+def test_at_least():
+    check.at_least("window", 3, 3)
+    for bad in (2, math.nan):
+        with pytest.raises(ValueError, match=f"window must be >= 3, got {bad}"):
+            check.at_least("window", bad, 3)
+
+
+def test_between():
+    check.between("ratio", 0.0, 0.0, 1.0)
+    check.between("ratio", 1, 0.0, 1.0)
+    for bad in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=f"ratio must be from 0.0 to 1.0, got {bad}"):
+            check.between("ratio", bad, 0.0, 1.0)
+    with pytest.raises(ValueError, match="got inf"):
+        check.between("ratio", math.inf, 0.0, math.inf)
+
+
+def test_one_of():
+    check.one_of("kind", "max", ("max", "avg"))
+    with pytest.raises(ValueError, match="kind must be one of max, avg, got 'min'"):
+        check.one_of("kind", "min", ("max", "avg"))
+
+
+def test_budget():
+    check.budget("capacity", 1)
+    check.budget("capacity", 4, protected=4)
+    for bad in (0, -3):
+        with pytest.raises(ValueError, match=f"capacity must be >= 1, got {bad}"):
+            check.budget("capacity", bad)
+    for bad in (0.5, True, None):
+        with pytest.raises(TypeError, match=r"budget.capacity\(ratio, n\)"):
+            check.budget("capacity", bad)
+    with pytest.raises(ValueError, match="capacity=4 has no room for the 5 protected rows; raise capacity"):
+        check.budget("capacity", 4, protected=5)

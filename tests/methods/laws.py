@@ -1,0 +1,431 @@
+"""The laws that every method obeys, as functions of a maker `make(capacity) -> method`; test_laws.py runs them over the registry.
+
+A law raises AssertionError. Programs are compiled once a method and shared by its laws.
+"""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtok.core.recipe import Recipe
+from jaxtok.core.reduce import reduce_kv
+from jaxtok.core.types import KV, Evidence, Needs, Tokens
+from jaxtok.models import blocks, decoder
+from jaxtok.models.config import Config
+
+CFG = Config(vocab=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=24)
+B, N, T, CAP = 4, 12, 14, 6  # T > 2 * CAP: a step policy turns its cache over twice
+LENGTHS = np.array([12, 7, 9, 3])
+P = N + T  # positions that exist
+LIVE = np.arange(N)[None] >= N - LENGTHS[:, None]
+
+
+@functools.cache
+def world(dtype="float32"):
+    """(params with peaked attention, prompt ids, forced continuation)."""
+    params = blocks.init(CFG, jax.random.key(0), jnp.dtype(dtype), embed_std=1.0)
+    params["layers"] = tuple(p | {"q": p["q"] * 2, "k": p["k"] * 2} for p in params["layers"])
+    ids = jax.random.randint(jax.random.key(1), (B, N), 0, CFG.vocab)
+    return params, ids, jax.random.randint(jax.random.key(2), (B, T), 0, CFG.vocab)
+
+
+def recipe_of(method) -> Recipe:
+    return Recipe(**{method.site: method})
+
+
+def weights(method, params):
+    return params | {"methods": recipe_of(method).init_params(jax.random.key(3), CFG)}
+
+
+def budgets(method, keep):
+    return {method.site: keep} if method.site in ("cache", "policy") else None
+
+
+def live_set(pos):
+    """bool [b g P]: which positions are in a cache."""
+    hit = pos[..., None] == jnp.arange(P).reshape((1,) * pos.ndim + (P,))
+    return jnp.any(hit, axis=2)
+
+
+def record(layers):
+    return jnp.stack([live_set(parts[0].kv.pos) for parts in layers])
+
+
+def run(recipe, params, tokens: Tokens, force, keep, key):
+    """Prefill, then T forced steps -> everything that the laws look at."""
+    tokens, layers = decoder.prefill(CFG, params, tokens, recipe, new=T, keep=keep, key=key)
+    first = decoder.logits(CFG, params, tokens.x[:, -1:])[:, 0]
+    filled = [parts[0].kv for parts in layers]
+
+    def one(layers, ids):
+        x = blocks.embed(CFG, params, ids[:, None])
+        x, new = decoder.step(CFG, params, x, jnp.ones(ids.shape, bool)[:, None], layers, recipe, keep=keep, key=key)
+        return new, (decoder.logits(CFG, params, x)[:, 0], record(layers))
+
+    layers, (logits, sets) = jax.lax.scan(one, layers, force.T)
+    return dict(first=first, logits=logits, sets=sets, filled=filled, final=[parts[0].kv for parts in layers])
+
+
+@functools.cache
+def program(method, dtype):
+    """The jitted `run` of a method and a counter of its traces."""
+    traces = [0]
+
+    def traced(params, tokens, force, keep, key):
+        traces[0] += 1
+        return run(recipe_of(method), params, tokens, force, budgets(method, keep), key)
+
+    return jax.jit(traced), traces
+
+
+@functools.cache
+def plain():
+    return jax.jit(lambda params, tokens, force: run(Recipe(), params, tokens, force, None, None))
+
+
+@functools.cache
+def masked_replay():
+    """The full cache with, before each step, only the recorded positions alive."""
+
+    def replay(params, tokens, force, sets):
+        _, layers = decoder.prefill(CFG, params, tokens, Recipe(), new=T)
+
+        def mask(kv: KV, allowed):
+            index = jnp.maximum(kv.pos, 0)
+            return kv._replace(pos=jnp.where(jnp.take_along_axis(allowed, index, 2), kv.pos, -1))
+
+        def one(layers, row):
+            ids, allowed = row
+            layers = tuple((parts[0]._replace(kv=mask(parts[0].kv, allowed[i])),) for i, parts in enumerate(layers))
+            x = blocks.embed(CFG, params, ids[:, None])
+            x, layers = decoder.step(CFG, params, x, jnp.ones(ids.shape, bool)[:, None], layers, Recipe())
+            return layers, decoder.logits(CFG, params, x)[:, 0]
+
+        return jax.lax.scan(one, layers, (force.T, sets))[1]
+
+    return jax.jit(replay)
+
+
+def tokens_of(params, ids, live=LIVE) -> Tokens:
+    return decoder.embed(CFG, params, ids, jnp.asarray(live))
+
+
+def result(method, *, dtype="float32", live=LIVE, ids=None, keep=CAP, change=lambda tokens: tokens):
+    params, prompt, force = world(dtype)
+    tokens = change(tokens_of(params, prompt if ids is None else ids, live))
+    fn, _ = program(method, dtype)
+    return jax.device_get(fn(weights(method, params), tokens, force, jnp.full((B,), keep, jnp.int32), jax.random.key(4)))
+
+
+@functools.cache
+def usual(method):
+    return result(method)
+
+
+def near(a, b, tol, what):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert np.isfinite(a).all() and np.isfinite(b).all(), f"{what}: not finite"
+    worst = np.abs(a - b).max()
+    assert worst <= tol, f"{what}: differs by {worst:.3g} > {tol:.3g}"
+
+
+# --- a layer's cache by itself -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def layer_state(dtype="float32", n=N) -> tuple[KV, Evidence]:
+    """A cache and all evidence about it, from the real first layer."""
+    params, ids, _ = world(dtype)
+    needs = dict(rows=n, received=True, cls=True, keys=True, queries=0, hidden=True, weights=("o",))
+    tokens = tokens_of(params, ids)
+    _, kv, evidence = decoder._attend_rows(CFG, params["layers"][0], 0, tokens, None, Recipe(), Needs(**needs), False, jax.random.key(4), "auto")
+    return kv, evidence
+
+
+def call(method, kv, evidence, keep=CAP):
+    """What a method does to one layer's cache once: the plan's result, as (pos, k, v, bias)."""
+    own = recipe_of(method).init_params(jax.random.key(3), CFG).get(method.site, {})
+    method = method.layer(0, CFG.layers)
+    if method.site == "policy":
+        state = method.start(own, kv, evidence)
+        plan = method.fit(own, state, kv, evidence, keep)
+        kv = reduce_kv(plan, kv)
+    else:
+        kv, _ = method.compress(own, kv, evidence, keep)
+    return kv.pos, kv.k, kv.v, kv.bias
+
+
+def once(method) -> bool:
+    """Whether the method acts on a layer's cache by itself."""
+    return method.site in ("cache", "policy")
+
+
+# --- the laws ----------------------------------------------------------------------------------------------------------
+
+
+def jit_equals_eager(make):
+    """One layer's cache: jit equals eager, and two calls trace once."""
+    method = make(CAP)
+    if not once(method):
+        return
+    kv, evidence = layer_state()
+    traces = []
+    fn = jax.jit(lambda kv, evidence, keep: traces.append(0) or call(method, kv, evidence, keep))
+    keep = jnp.full((B, 1), CAP, jnp.int32)
+    a, b = fn(kv, evidence, keep), call(method, kv, evidence, keep)
+    fn(kv, evidence, keep)
+    assert len(traces) == 1, f"two calls traced {len(traces)} times"
+    assert np.array_equal(a[0], b[0]), "jit and eager keep different tokens"
+    for x, y in zip(a[1:], b[1:], strict=True):
+        near(x, y, 1e-6, "jit against eager")
+
+
+def rows_are_independent(make):
+    """A row depends on itself only: changing all others changes nothing; vmap over single rows equals the batch."""
+    method = make(CAP)
+    params, ids, force = world()
+    base = usual(method)
+    other = jax.random.randint(jax.random.key(9), ids.shape, 0, CFG.vocab).at[1].set(ids[1])
+    changed = result(method, ids=other)
+    for name in ("first", "logits"):
+        axis = 0 if name == "first" else 1
+        near(np.take(base[name], 1, axis), np.take(changed[name], 1, axis), 2e-5, f"row 1 read its neighbours: {name}")
+    assert np.array_equal(base["sets"][:, :, 1], changed["sets"][:, :, 1]), "row 1's cache depends on its neighbours"
+
+    def single(tokens, force, keep):
+        one = jax.tree.map(lambda a: a[None], tokens)
+        out = run(recipe_of(method), weights(method, params), one, force[None], budgets(method, keep[None]), jax.random.key(4))
+        return out["logits"][:, 0], out["sets"][:, :, 0]
+
+    logits, sets = jax.jit(jax.vmap(single, out_axes=(1, 2)))(tokens_of(params, ids), force, jnp.full((B,), CAP, jnp.int32))
+    near(base["logits"], logits, 2e-5, "vmap over rows against the batch")
+    assert np.array_equal(base["sets"], sets), "vmap over rows keeps other tokens than the batch"
+
+
+def full_budget_is_identity(make):
+    """A budget that covers everything changes no logit, through decoding past the prompt."""
+    method = make(N + T + 1)
+    params, ids, force = world()
+    a = result(method, keep=N + T + 1)
+    b = jax.device_get(plain()(params, tokens_of(params, ids), force))
+    near(a["first"], b["first"], 1e-5, "first logits at full budget")
+    near(a["logits"], b["logits"], 2e-5, "logits at full budget")
+
+
+def dropped_equals_masked(make):
+    """Dropping slots gives the logits of the full cache with the dropped positions dead, step by step."""
+    method = make(CAP)
+    params, ids, force = world()
+    out = usual(method)
+    expected = masked_replay()(params, tokens_of(params, ids), force, jnp.asarray(out["sets"]))
+    near(out["logits"], expected, 2e-5, "dropped against masked")
+
+
+def shapes_are_static(make):
+    """Slots follow from the shapes alone, and a small budget makes small arrays."""
+    method = make(CAP)
+    params, ids, force = world()
+    tokens = tokens_of(params, ids)
+    fn = lambda tokens: decoder.prefill(CFG, weights(method, params), tokens, recipe_of(method), new=T, key=jax.random.key(4))[1]
+    layers = jax.eval_shape(fn, tokens)
+    kv = [parts[0].kv for parts in layers]
+    out = usual(method)
+    assert [a.k.shape for a in kv] == [a.k.shape for a in out["filled"]], "shapes depend on values"
+    for a in kv:
+        assert a.k.shape[:3] == a.pos.shape == a.bias.shape and a.k.shape == a.v.shape
+    if once(method) and method.capacity < N:
+        room = T if method.site == "cache" else method.every
+        mean = np.mean([a.k.shape[2] for a in kv])
+        assert mean <= method.capacity * 1.6 + room, f"{mean} slots for a capacity of {method.capacity} and {room} spare"
+
+
+def dead_rows_do_not_matter(make):
+    """Finite junk in dead rows changes nothing."""
+    method = make(CAP)
+    out = usual(method)
+    junk = lambda t: t._replace(x=jnp.where((t.pos < 0)[..., None], 3e4, t.x), rope=jnp.where((t.pos < 0)[..., None], 77, t.rope))
+    ids = jnp.where(jnp.asarray(LIVE), world()[1], 5)
+    other = result(method, ids=ids, change=junk)
+    near(out["first"], other["first"], 1e-6, "junk in dead rows: first logits")
+    near(out["logits"], other["logits"], 1e-6, "junk in dead rows: logits")
+
+
+def budget_is_spent(make):
+    """Each row keeps min(its length, the budget) tokens a layer and head on average: dead rows never take the place of live ones."""
+    method = make(CAP)
+    if not once(method):
+        return
+    out = usual(method)
+    kept = np.mean([(kv.pos >= 0).sum((1, 2)) / CFG.kv_heads for kv in out["filled"]], axis=0)
+    lost = np.mean([kv.lost.sum(1) / CFG.kv_heads for kv in out["filled"]], axis=0)
+    want = np.minimum(LENGTHS, method.capacity)
+    assert np.allclose(kept + lost, want, atol=0.51), f"kept {kept} (+ {lost} without room) of {LENGTHS}, want {want}"
+
+
+def positions_are_sound(make):
+    """Live positions are unique and < seen, also after twice the capacity in steps; after a selection they ascend."""
+    method = make(CAP)
+    out = usual(method)
+    for name, steps in (("filled", 0), ("final", T)):
+        for kv in out[name]:
+            assert (kv.seen == LENGTHS + steps).all(), f"{name}: seen {kv.seen}, want {LENGTHS + steps}"
+            for b in range(B):
+                for g in range(CFG.kv_heads):
+                    live = kv.pos[b, g][kv.pos[b, g] >= 0]
+                    assert len(set(live.tolist())) == len(live), f"{name}: a position is there twice: {live}"
+                    assert (live < kv.seen[b]).all() and len(live), f"{name}: {live} against seen {kv.seen[b]}"
+                    assert name == "final" or (np.diff(live) > 0).all(), f"{name}: out of order: {live}"
+            assert np.isfinite(kv.bias).all()
+    if method.site == "policy":
+        most = max((kv.pos >= 0).sum(-1).max() for kv in out["final"])
+        assert most <= method.capacity, f"{most} live slots after {T} steps, capacity {method.capacity}"
+
+
+def bf16(make):
+    """bf16 in, bf16 out, and the choice is the one that float32 scores of the same numbers make."""
+    method = make(CAP)
+    if not once(method):
+        return
+    kv, evidence = layer_state("bfloat16")
+    low = call(method, kv, evidence, CAP)
+    wide = lambda a: a.astype(jnp.float32) if a is not None and a.dtype == jnp.bfloat16 else a
+    high = call(method, jax.tree.map(wide, kv), jax.tree.map(wide, evidence), CAP)
+    assert low[1].dtype == low[2].dtype == jnp.bfloat16, f"keys came out as {low[1].dtype}"
+    assert np.array_equal(low[0], high[0]), "scores are not float32: bf16 keys make another choice than the same keys widened"
+
+
+def bf16_model(make):
+    """A bf16 model runs through prefill and steps: bf16 caches, finite float32 logits."""
+    method = make(CAP)
+    out = result(method, dtype="bfloat16")
+    assert all(kv.k.dtype == jnp.bfloat16 for kv in out["final"]), "the cache left bf16"
+    assert out["logits"].dtype == np.float32 and np.isfinite(out["logits"]).all()
+
+
+def heads_are_interchangeable(make):
+    """Permuting KV heads, each with its group of query heads, permutes the result: query head i belongs to KV head i // (h/g)."""
+    method = make(CAP)
+    if not once(method):
+        return
+    kv, evidence = layer_state()
+    g, group = CFG.kv_heads, CFG.heads // CFG.kv_heads
+    swap = np.arange(g)[::-1]
+    query = np.arange(CFG.heads).reshape(g, group)[swap].reshape(-1)
+    side = kv._replace(k=kv.k[:, swap], v=kv.v[:, swap], pos=kv.pos[:, swap], bias=kv.bias[:, swap], lost=kv.lost[:, swap])
+    moments = tuple(a[:, query] for a in evidence.queries)
+    seen = evidence._replace(
+        rows=evidence.rows[:, query], received=evidence.received[:, query], cls=evidence.cls[:, query], keys=evidence.keys[:, swap], queries=moments
+    )
+    d = CFG.head_dim
+    seen = seen._replace(weights={"o": evidence.weights["o"].reshape(CFG.heads, d, -1)[query].reshape(CFG.heads * d, -1)})
+    a, b = call(method, kv, evidence), call(method, side, seen)
+    assert np.array_equal(np.asarray(a[0])[:, swap], b[0]), "the wrong query heads vote for a KV head"
+
+
+def all_dead_rows(make):
+    """A row with nothing live gives no NaN, in logits and in gradients, with or without vmap, checkpoint and scan."""
+    method = make(CAP)
+    params, ids, force = world()
+    live = LIVE & (np.arange(B) != 1)[:, None]
+    out = result(method, live=live)
+    assert np.isfinite(out["logits"][:, [0, 2, 3]]).all() and np.isfinite(out["logits"]).all(), "NaN from an empty row"
+    tokens = tokens_of(params, ids, live)
+    own, keep = weights(method, params), jnp.full((B,), CAP, jnp.int32)
+
+    def loss(x, row, ids, keep):
+        one = jax.tree.map(lambda a: a[None], row._replace(x=x))
+        limit = budgets(method, keep[None])
+        _, layers = decoder.prefill(CFG, own, one, recipe_of(method), new=2, keep=limit, key=jax.random.key(4))
+
+        def more(layers, i):
+            y, layers = decoder.step(CFG, own, blocks.embed(CFG, own, i[None, None]), jnp.ones((1, 1), bool), layers, recipe_of(method), keep=limit)
+            return layers, y
+
+        _, y = jax.lax.scan(jax.checkpoint(more), layers, ids)
+        return jnp.sum(decoder.logits(CFG, own, y[:, 0]) ** 2)
+
+    value, grad = jax.jit(jax.vmap(jax.value_and_grad(jax.checkpoint(loss))))(tokens.x, tokens, force[:, :2], keep)
+    assert np.isfinite(value).all() and np.isfinite(grad).all(), "NaN in a gradient"
+    want = (out["logits"][:2].astype(np.float64) ** 2).sum((0, 2))
+    near(value / want, np.ones(B), 1e-4, "under jit, vmap, grad, checkpoint and scan against the plain call")
+
+
+def one_compile(make):
+    """Prompts of several lengths and any budget under the capacity run in one compiled program."""
+    method = make(CAP)
+    _, traces = program(method, "float32")
+    usual(method)
+    seen = traces[0]
+    kept = []
+    for keep, cut in ((CAP, 0), (CAP - 1, 2), (CAP - 3, 1)):
+        out = result(method, keep=keep, live=LIVE & (np.arange(N) >= cut)[None])
+        assert np.isfinite(out["logits"]).all()
+        kept.append(np.mean([(kv.pos[0] >= 0).sum(-1).mean() for kv in out["filled"]]))
+    assert traces[0] == seen == 1, f"traced {traces[0]} times"
+    if once(method):
+        assert kept[2] <= kept[1] <= kept[0], f"budgets {CAP}, {CAP - 1}, {CAP - 3} keep {kept}"
+
+
+def sharded(make):
+    """One layer's cache sharded over the batch or over the KV heads gives the one-device result."""
+    method = make(CAP)
+    if not once(method):
+        return
+    if len(jax.devices()) < 2:
+        raise RuntimeError("needs two devices: tests/conftest.py sets jax_num_cpu_devices")
+    kv, evidence = layer_state()
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    base = call(method, kv, evidence)
+    fn = jax.jit(lambda kv, evidence: call(method, kv, evidence))
+    for axis in (0, 1):
+
+        def put(a):
+            if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+                return jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.P()))
+            whole = a.ndim <= axis or a.shape[axis] % 2 or (axis == 1 and a.ndim < 3) or a.shape[0] != B
+            spec = [None] * a.ndim
+            if not whole:
+                spec[axis] = "x"
+            return jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.P(*spec)))
+
+        out = fn(*jax.tree.map(put, (kv, evidence)))
+        assert np.array_equal(out[0], base[0]), f"sharded over axis {axis} keeps other tokens"
+        near(out[1], base[1], 1e-6, f"sharded over axis {axis}")
+
+
+LAWS = {
+    law.__name__: law
+    for law in (
+        jit_equals_eager,
+        rows_are_independent,
+        full_budget_is_identity,
+        dropped_equals_masked,
+        shapes_are_static,
+        dead_rows_do_not_matter,
+        budget_is_spent,
+        positions_are_sound,
+        bf16,
+        bf16_model,
+        heads_are_interchangeable,
+        all_dead_rows,
+        one_compile,
+        sharded,
+    )
+}
+
+
+def makers(name: str):
+    """{label: maker} from `small` of the method's own test file: a function of the capacity, or a dict of such functions."""
+    found = sorted(pathlib.Path(__file__).parent.rglob(f"test_{name}.py"))
+    if not found:
+        raise AssertionError(f"method {name!r} has no tests/methods/**/test_{name}.py")
+    spec = importlib.util.spec_from_file_location(f"laws_of_{name}", found[0])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "small"):
+        raise AssertionError(f"{found[0].name} must define small(capacity): the method at a size for the laws")
+    return module.small if isinstance(module.small, dict) else {name: module.small}

@@ -1,0 +1,140 @@
+"""Every law over every registered method, the exemptions with their reasons, and broken methods that the laws must catch."""
+
+import collections
+import dataclasses
+import time
+
+import jax.numpy as jnp
+import pytest
+
+import jaxtok.methods
+from jaxtok.core import registry
+from jaxtok.core.protocols import CacheScorer
+from jaxtok.core.reduce import reduce_kv
+from jaxtok.core.select import choose, pack
+from jaxtok.core.types import Needs
+from tests.methods.laws import LAWS, makers
+
+# (label, law): the reason, from the method's card. A row whose law holds is stale and fails.
+EXEMPT: dict[tuple[str, str], str] = {}
+
+CASES = [(label, make) for name in registry.names() for label, make in makers(name).items()]
+SECONDS: collections.Counter = collections.Counter()
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("label, make", CASES, ids=[label for label, _ in CASES])
+def test_law(label, make, law):
+    start = time.perf_counter()
+    reason = EXEMPT.get((label, law))
+    try:
+        if reason is None:
+            LAWS[law](make)
+            return
+        with pytest.raises(AssertionError):
+            LAWS[law](make)
+    finally:
+        SECONDS[label] += time.perf_counter() - start
+
+
+def test_report(capsys):
+    with capsys.disabled():
+        print("\nexempt from a law:")
+        for (label, law), reason in EXEMPT.items():
+            print(f"  {label}: {law}: {reason}")
+        print("slowest methods: " + ", ".join(f"{label} {t:.1f} s" for label, t in SECONDS.most_common(10)))
+    known = {label for label, _ in CASES}
+    assert not [row for row in EXEMPT if row[0] not in known or row[1] not in LAWS], "an exemption names no method or law"
+
+
+# --- methods broken on purpose ------------------------------------------------------------------------------------------
+
+frozen = dataclasses.dataclass(frozen=True, kw_only=True)
+
+
+@frozen
+class KeepLoudest(CacheScorer):
+    """A right method: the keys of largest attention received."""
+
+    capacity: int
+    site = "cache"
+
+    @property
+    def needs(self):
+        return Needs(received=True)
+
+    def score(self, params, kv, evidence):
+        b, h, s = evidence.received.shape
+        return evidence.received.reshape(b, kv.k.shape[1], -1, s).mean(2)
+
+
+@frozen
+class NextIsLiveCount(KeepLoudest):
+    """The next position is the number of live slots."""
+
+    def compress(self, params, kv, evidence, keep=None):
+        kv, evidence = super().compress(params, kv, evidence, keep)
+        return kv._replace(seen=jnp.max(jnp.sum(kv.pos >= 0, -1, dtype=jnp.int32), -1)), evidence
+
+
+@frozen
+class WrongGroups(KeepLoudest):
+    """Query head i votes for KV head i % g."""
+
+    def score(self, params, kv, evidence):
+        b, h, s = evidence.received.shape
+        return evidence.received.reshape(b, -1, kv.k.shape[1], s).mean(1)
+
+
+@frozen
+class DeadRowsSpend(KeepLoudest):
+    """The budget is counted over all slots, then dead ones are cleared."""
+
+    def plan(self, params, kv, evidence, keep=None):
+        score = self.score(params, kv, evidence) + jnp.where(kv.pos < 0, 1e6, 0.0)
+        mask = choose(score, jnp.ones(kv.pos.shape, bool), self.capacity) & (kv.pos >= 0)
+        return pack(mask, self.capacity)
+
+
+@frozen
+class ReadsNeighbour(KeepLoudest):
+    """Scores are averaged over the batch."""
+
+    def score(self, params, kv, evidence):
+        score = super().score(params, kv, evidence)
+        return score + jnp.mean(score, 0, keepdims=True) * 10
+
+
+@frozen
+class RecompilesPerBudget(KeepLoudest):
+    """The budget decides a shape."""
+
+    def compress(self, params, kv, evidence, keep=None):
+        small = dataclasses.replace(self, capacity=int(jnp.max(jnp.asarray(keep)))) if keep is not None else self
+        plan = super(RecompilesPerBudget, small).plan(params, kv, evidence)
+        return reduce_kv(plan, kv), evidence
+
+
+def test_the_right_method_passes():
+    make = lambda capacity: KeepLoudest(capacity=capacity)
+    for law in LAWS.values():
+        law(make)
+
+
+@pytest.mark.parametrize(
+    "broken, law",
+    [
+        (NextIsLiveCount, "positions_are_sound"),
+        (WrongGroups, "heads_are_interchangeable"),
+        (DeadRowsSpend, "budget_is_spent"),
+        (ReadsNeighbour, "rows_are_independent"),
+        (RecompilesPerBudget, "one_compile"),
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_a_law_catches(broken, law):
+    with pytest.raises((AssertionError, TypeError)):
+        LAWS[law](lambda capacity: broken(capacity=capacity))
+
+
+assert jaxtok.methods  # importing the package fills the registry

@@ -1,0 +1,184 @@
+"""Evidence against the dense attention matrix in float64 numpy, and pooling against numbers worked out by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from jaxtok.ops import _chunked
+from jaxtok.ops.attention import attention
+from jaxtok.ops.evidence import pool, received, rows
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of 8 x 8."""
+    monkeypatch.setattr(_chunked, "CHUNK", 8)
+    monkeypatch.setattr(_chunked, "LOGITS", 64)
+
+
+@pytest.fixture
+def untyped():
+    """Without the annotations' check, so that the function's own errors are seen."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def matrix(q, k, q_pos, k_pos, bias=None, causal=True, window=None, softcap=None):
+    """The attention matrix [b h t s], entry by entry; rows that see nothing are zero."""
+    r = q.shape[1] // k.shape[1]
+    p = np.zeros((*q.shape[:3], k.shape[2]))
+    for n, h, i, j in np.ndindex(p.shape):
+        at, where = q_pos[n, i], k_pos[n, j] if k_pos.ndim == 2 else k_pos[n, h // r, j]
+        if at >= 0 and where >= 0 and (where <= at or not causal) and (window is None or at - where < window):
+            y = np.dot(q[n, h, i].astype(np.float64), k[n, h // r, j].astype(np.float64)) * q.shape[3] ** -0.5
+            y = y if softcap is None else softcap * np.tanh(y / softcap)
+            p[n, h, i, j] = np.exp(y + (0 if bias is None else bias[n, h // r, j]))
+    total = p.sum(-1, keepdims=True)
+    return p / np.where(total > 0, total, 1)
+
+
+def make(h, g, t, s, *, bias=False, heads=False, dead=(0, 13), d=6):
+    rng = np.random.default_rng(3)
+    pos = np.stack([np.maximum(np.arange(s) - n, -1) for n in dead]).astype(np.int32)
+    x = {"q": rng.normal(size=(2, h, t, d)).astype(np.float32), "k": rng.normal(size=(2, g, s, d)).astype(np.float32)}
+    x |= {"q_pos": pos[:, s - t :], "k_pos": pos}
+    x |= {"bias": rng.normal(size=(2, g, s)).astype(np.float32)} if bias else {}
+    if heads:
+        x["k_pos"] = rng.permuted(np.where(rng.random((2, g, s)) < 0.4, -1, pos[:, None]), axis=2)
+    return x
+
+
+CASES = {
+    "mha": (make(2, 2, 20, 20), {"diagonal": 0}, None),
+    "gqa": (make(4, 2, 20, 20, bias=True), {"diagonal": 0, "softcap": 1.5, "window": 9}, None),
+    "cache": (make(4, 1, 12, 21, bias=True, heads=True), {}, 7),
+    "two_sided": (make(4, 2, 17, 23), {"causal": False}, None),
+}
+LAST = 5
+
+
+def everything(q, k, rest, static):
+    """lse, attention received, the last rows."""
+    lse = attention(q, k, k, **rest, **static)[1]
+    last = {key: a for key, a in static.items() if key != "diagonal"}
+    tail = rows(q[:, :, -LAST:], k, lse[..., -LAST:], **rest | {"q_pos": rest["q_pos"][:, -LAST:]}, **last)
+    return lse, received(q, k, lse, **rest, **static), tail
+
+
+def split(x, window):
+    rest = {name: jnp.asarray(a) for name, a in x.items() if name not in "qk"}
+    return jnp.asarray(x["q"]), jnp.asarray(x["k"]), rest | ({} if window is None else {"window": jnp.int32(window)})
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_dense_matrix(name, small):
+    x, static, window = CASES[name]
+    lse, columns, tail = jax.jit(functools.partial(everything, static=static))(*split(x, window))
+    window = {} if window is None else {"window": window}
+    p = matrix(**x, **{key: a for key, a in static.items() if key != "diagonal"}, **window)
+    assert columns.dtype == tail.dtype == jnp.float32
+    np.testing.assert_allclose(columns, p.sum(2), atol=5e-6)
+    np.testing.assert_allclose(tail, p[:, :, -LAST:], atol=2e-6)
+    # What all keys receive is the number of queries that see something.
+    np.testing.assert_allclose(columns.sum(-1), np.isfinite(lse).sum(-1), rtol=1e-5)
+    k_pos = x["k_pos"][:, None] if x["k_pos"].ndim == 2 else np.repeat(x["k_pos"], x["q"].shape[1] // x["k"].shape[1], 1)
+    dead = np.broadcast_to(k_pos < 0, columns.shape)
+    assert dead.any() and (np.asarray(columns)[dead] == 0).all() and (np.moveaxis(np.asarray(tail), 2, 0)[:, dead] == 0).all()
+
+
+def test_by_hand():
+    """All logits equal: query i gives 1/(i+1) to each of its keys; key 0 receives 1 + 1/2 + 1/3."""
+    q, k, pos = jnp.zeros((1, 1, 3, 2)), jnp.ones((1, 1, 3, 2)), jnp.arange(3, dtype=jnp.int32)[None]
+    lse = jnp.asarray(np.log([[[1, 2, 3]]]), jnp.float32)
+    np.testing.assert_allclose(jax.jit(received)(q, k, lse, q_pos=pos, k_pos=pos)[0, 0], [11 / 6, 5 / 6, 1 / 3], rtol=1e-6)
+    tail = jax.jit(rows)(q[:, :, 1:], k, lse[..., 1:], q_pos=pos[:, 1:], k_pos=pos)
+    np.testing.assert_allclose(tail[0, 0], [[1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
+
+
+def test_nothing_live_and_junk(small):
+    """A row with nothing live gets zeros; 1e4 in dead rows changes nothing; gradients are finite and zero there."""
+    x = make(2, 1, 16, 16, bias=True, dead=(7, 16))
+    q, k, rest = split(x, None)
+
+    def loss(q, k, bias):
+        _, columns, tail = everything(q, k, rest | {"bias": bias}, {"diagonal": 0})
+        return jnp.sum(columns**2) + jnp.sum(tail**2), (columns, tail)
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (_, clean), grads = run(q, k, rest["bias"])
+    junk = [a.at[0, :, :7].set(1e4).at[1].set(-1e4) for a in (q, k, rest["bias"])]
+    (_, dirty), grads_junk = run(*junk)
+    for a, b in zip((*clean, *grads), (*dirty, *grads_junk), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        np.testing.assert_array_equal(a, b)
+        assert np.isfinite(a).all() and (a[1] == 0).all() and np.abs(a[0]).max() > 0
+
+
+def test_gradient_is_that_of_the_matrix(small):
+    """Through lse as well: received differentiates like the column sums of a softmax."""
+    x, static, window = CASES["cache"]
+    q, k, rest = split(x, window)
+    weight = np.random.default_rng(4).normal(size=(2, 4, 21))
+    grads = jax.jit(jax.grad(lambda q, k: jnp.sum(everything(q, k, rest, static)[1] * weight.astype(np.float32)), (0, 1)))(q, k)
+    rng = np.random.default_rng(5)
+    for at, name in enumerate("qk"):
+        direction = rng.normal(size=x[name].shape)
+        up, down = ((matrix(**x | {name: x[name] + e * direction}, window=window).sum(2) * weight).sum() for e in (1e-5, -1e-5))
+        np.testing.assert_allclose((np.asarray(grads[at], np.float64) * direction).sum(), (up - down) / 2e-5, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_keys_give_float32_scores(small):
+    x, static, window = CASES["gqa"]
+    x = {key: np.array(jnp.asarray(a, jnp.bfloat16), np.float32) if key in "qk" else a for key, a in x.items()}
+    q, k, rest = split(x, window)
+    _, columns, tail = jax.jit(functools.partial(everything, static=static))(q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), rest)
+    p = matrix(**x, softcap=1.5, window=9)
+    assert columns.dtype == tail.dtype == jnp.float32
+    np.testing.assert_allclose(columns, p.sum(2), atol=2e-5)
+    np.testing.assert_allclose(tail, p[:, :, -LAST:], atol=1e-5)
+
+
+def test_memory_is_linear():
+    """Temporary memory at 8,192 tokens over that at 2,048, forward and backward."""
+
+    def temp(n, backward):
+        x, p = jax.ShapeDtypeStruct((1, 1, n, 8), jnp.float32), jax.ShapeDtypeStruct((1, n), jnp.int32)
+        f = lambda q, k, p: jnp.sum(received(q, k, q[..., 0], q_pos=p, k_pos=p, diagonal=0) ** 2)
+        return jax.jit(jax.grad(f, (0, 1)) if backward else f).lower(x, x, p).compile().memory_analysis().temp_size_in_bytes
+
+    for backward in (False, True):
+        assert temp(8192, backward) <= 4.4 * temp(2048, backward)
+
+
+def test_pool_by_hand():
+    """Zero padding counts in the average (6/3 at the left end), not in the maximum."""
+    x = jnp.asarray([[2.0, 4.0, 0.0, 5.0, 1.0]])
+    np.testing.assert_allclose(pool(x, 3), [[2, 2, 3, 2, 2]], rtol=1e-6)
+    np.testing.assert_allclose(pool(x, 5), [[6 / 5, 11 / 5, 12 / 5, 2, 6 / 5]], rtol=1e-6)
+    np.testing.assert_allclose(pool(-x, 3, "max"), [[-2, 0, 0, 0, -1]])
+    np.testing.assert_allclose(pool(x, 1), x)
+    live = jnp.asarray([[False, True, True, True, True]])
+    np.testing.assert_allclose(pool(x, 3, live=live), [[0, 4 / 3, 3, 2, 2]], rtol=1e-6)
+    np.testing.assert_allclose(pool(-x, 3, "max", live), [[0, 0, 0, 0, -1]])
+    np.testing.assert_allclose(jax.vmap(lambda row: pool(row, 3))(x), pool(x, 3))
+    np.testing.assert_allclose(jax.grad(lambda x: pool(x, 3)[0, 0])(x), [[1 / 3, 1 / 3, 0, 0, 0]], rtol=1e-6)
+
+
+def test_wrong_arguments(untyped):
+    x, y = jnp.zeros((1, 2, 4, 3)), jnp.zeros((1, 2, 4))
+    pos = jnp.zeros((1, 4), jnp.int32)
+    with pytest.raises(ValueError, match=r"lse is float32 \[1, 2, 3\]; it must be float32 \[1, 2, 4\]"):
+        received(x, x, y[..., :3], q_pos=pos, k_pos=pos)
+    with pytest.raises(ValueError, match="q is float32 and k is bfloat16"):
+        rows(x, x.astype(jnp.bfloat16), y, q_pos=pos, k_pos=pos)
+    with pytest.raises(ValueError, match="window is 0"):
+        rows(x, x, y, q_pos=pos, k_pos=pos, window=0)
+    with pytest.raises(ValueError, match="width is 4; it must be odd"):
+        pool(y, 4)
+    with pytest.raises(ValueError, match="kind is 'min'"):
+        pool(y, 3, "min")
