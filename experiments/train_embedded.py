@@ -29,7 +29,7 @@ import optax
 import tokenizers
 import tyro
 
-from jaxtok.evals import tasks
+from jaxtok.evals import tasks, wording
 from jaxtok.models import blocks, load
 from jaxtok.models.config import Config
 from jaxtok.models.text import JsonTokenizer
@@ -110,19 +110,19 @@ def excerpt(rng: np.random.Generator, n: int) -> str:
 
 # --- training rows ----------------------------------------------------------------------------------------------------
 
-SHORT = tasks.TEMPLATES["short"]
+SHORT = wording.TEMPLATES["short"]
 Row = list[tuple[str, float]]  # pieces of text, each with the weight of its loss
 
 
 def pairs_of(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
     """n different training keys with a value each; at times two keys differ in one letter."""
-    keys = tasks.word_keys(rng, n, "train")
+    keys = wording.word_keys(rng, n, "train")
     if n > 1 and rng.random() < 0.3:
-        at, other = int(rng.integers(len(keys[0]))), tasks.word_keys(rng, 1, "train")[0]
+        at, other = int(rng.integers(len(keys[0]))), wording.word_keys(rng, 1, "train")[0]
         twin = keys[0][:at] + other[0] + keys[0][at + 1 :]
         if twin not in keys and (sum(map(ord, twin)) - ord("a") * len(twin)) % 4:
             keys[1] = twin
-    return [(k, f"{v:04d}") for k, v in zip(keys, rng.integers(0, 10_000, n).tolist(), strict=True)]
+    return [(k, f"{v:03d}") for k, v in zip(keys, rng.integers(0, 1000, n).tolist(), strict=True)]
 
 
 def stream(rng: np.random.Generator, length: int, n: int) -> Row:
@@ -135,7 +135,7 @@ def stream(rng: np.random.Generator, length: int, n: int) -> Row:
         key, value = pool[used if fresh else int(rng.integers(used))]
         used += fresh
         out += [(key + "=", FORM), (value, 0.0 if fresh else ANSWER), (end, FORM)]
-        size += len(key) + 5 + len(end)
+        size += len(key) + 4 + len(end)
     return out
 
 
@@ -210,7 +210,7 @@ def batch_of(stage: Stage, seed: int, step: int, done: float) -> dict[str, np.nd
         elif kind == 1:
             row = facts(rng, n, int(rng.integers(1, max(2, min(round(top), n // 24)) + 1)), max(4, n // 32))
         else:
-            row = listing(rng, n, int(rng.integers(2, max(3, min(round(top), n // 13)) + 1)), max(4, n // 32))
+            row = listing(rng, n, int(rng.integers(2, max(3, min(round(top), n // 12)) + 1)), max(4, n // 32))
         text = encode("".join(t for t, _ in row))
         cost = np.repeat(np.array([w for _, w in row], np.float32), [len(t) for t, _ in row])
         # a stream starts at its first pair, the others end at their last answer
@@ -234,7 +234,9 @@ def apply(cfg: Config, params: Any, ids: jax.Array, pos: jax.Array) -> jax.Array
     def layer(x, p):
         q, k, v = blocks.qkv(cfg, p, x)
         q, k = blocks.rotate(cfg, 0, q, pos), blocks.rotate(cfg, 0, k, pos)
-        out, _ = attention(q, k, v, q_pos=pos, k_pos=pos, diagonal=0)
+        # a row at a time: the logits of one row stay in a core's cache, those of a batch do not (1.7 times faster at 256)
+        one = lambda t: attention(t[0][None], t[1][None], t[2][None], q_pos=t[3][None], k_pos=t[3][None], diagonal=0)[0][0]
+        out = jax.lax.map(one, (q, k, v, pos))
         return blocks.mlp(cfg, p, blocks.out_proj(cfg, p, x, out)), None
 
     return blocks.logits(cfg, params, jax.lax.scan(layer, blocks.embed(cfg, params, ids), params["layers"])[0])
@@ -268,7 +270,7 @@ def exact(cfg: Config, params: Any, cases: list[tasks.Example], length: int) -> 
     """
     rows = []
     for i, e in enumerate(cases):
-        keys = re.findall(r"(?:\) |Remember )([a-z]+)", e.question.split(":")[0])
+        keys = re.findall(r"(?:\) |Remember )([a-z]+)=", e.question.split(":")[0])
         orders = [e.answers] if len(set(keys)) == len(keys) else [e.answers, e.answers[::-1]]
         rows += [(i, e.context + e.question, SHORT.reply(keys, order)) for order in orders]
     size = max(1, 8192 // length)
@@ -305,7 +307,7 @@ def agreement(big: tuple[Config, Any], draft: tuple[Config, Any], length: int = 
     for t in TASKS:
         cases = [e for e in tasks.examples(t, rows, length=length, seed=2) if e.length == length or t == "kv_recall"]
         for e in cases:
-            keys = re.findall(r"(?:\) |Remember )([a-z]+)", e.question.split(":")[0])
+            keys = re.findall(r"(?:\) |Remember )([a-z]+)=", e.question.split(":")[0])
             reply = SHORT.reply(keys, e.answers)
             both = encode(e.context + e.question + reply)
             row = np.zeros((1, length + 32), np.int32)
@@ -353,18 +355,19 @@ def train(args: Args) -> None:
         if line["step"] % 100 == 0:
             print({k: round(v, 3) for k, v in line.items()}, flush=True)
 
-    state, start, loss_fn = None, time.time(), make_loss(cfg)
+    state, trained, start, loss_fn = None, params, time.time(), make_loss(cfg)
     for end in ends.tolist():
         state = fit(
             loss_fn, params if state is None else None, data, optimizer=optimizer, steps=end, state=state, seed=args.seed,
             directory=folder / "checkpoints", save_every=200, log_every=10, tokens=lambda b: b["pos"].size, on_log=on_log, progress=False,
         )  # fmt: skip
-        print(f"after {end}:", evaluate(cfg, blocks.unstack(state.params), (256, 512, 1024), 64), f"{time.time() - start:.0f} s", flush=True)
+        trained = blocks.unstack(state.params)
+        print(f"after {end}:", evaluate(cfg, trained, (256, 512, 1024), 48), f"{time.time() - start:.0f} s", flush=True)
     metrics = folder / "metrics.jsonl"
     metrics.write_bytes((folder / "checkpoints" / "metrics.jsonl").read_bytes())
     figures.curves(metrics, folder / "curves.png", ("loss", "digits", "text_nll"), smooth=15)
     where = args.models / ("embedded_draft" if args.draft else "embedded")
-    load.save(where, cfg, jax.tree.map(jnp.asarray, blocks.unstack(state.params)), tokenizer())
+    load.save(where, cfg, trained, tokenizer())
     print(f"wrote {where}", flush=True)
 
 

@@ -109,16 +109,18 @@ def reduce(plan: Plan | DensePlan, tokens: Tokens, positions: str = "keep") -> T
     )
 
 
-def reduce_kv(plan: Plan, kv: KV, count: bool = True) -> KV:
+def reduce_kv(plan: Plan | DensePlan, kv: KV, count: bool = True) -> KV:
     """Apply a plan [b g m] to a cache. `count=False` (EMS, CAM): a merged slot keeps the bias of the slot that names it."""
-    pos = jnp.where(plan.index >= 0, gather(kv.pos, plan.index), -1)
-    if plan.weight is None or not count:
-        bias = gather(kv.bias, plan.index)
+    index = representative(plan)
+    pos = jnp.where(index >= 0, gather(kv.pos, index), -1)
+    lost = kv.lost + (plan.lost if isinstance(plan, Plan) else 0)
+    if not count or (isinstance(plan, Plan) and plan.weight is None):
+        bias = gather(kv.bias, index)
     else:
         tokens = total(plan, jnp.where(kv.pos >= 0, jnp.exp(kv.bias), 0.0))
         bias = jnp.where(tokens > 0, jnp.log(jnp.where(tokens > 0, tokens, 1.0)), 0.0)
-    cursor = jnp.full((), plan.index.shape[-1], jnp.int32)
-    return kv._replace(k=apply(plan, kv.k), v=apply(plan, kv.v), pos=pos, bias=bias, cursor=cursor, lost=kv.lost + plan.lost)
+    cursor = jnp.full((), index.shape[-1], jnp.int32)
+    return kv._replace(k=apply(plan, kv.k), v=apply(plan, kv.v), pos=pos, bias=bias, cursor=cursor, lost=lost)
 
 
 def masked_kv(plan: Plan, kv: KV) -> KV:
@@ -126,15 +128,15 @@ def masked_kv(plan: Plan, kv: KV) -> KV:
     return kv._replace(pos=jnp.where(plan.assign < 0, -1, kv.pos), lost=kv.lost + plan.lost)
 
 
-def move(plan: Plan, evidence: Evidence) -> Evidence:
+def move(plan: Plan | DensePlan, evidence: Evidence) -> Evidence:
     """Evidence after a plan over its token axis: [b m] for a sequence, [b g m] for a cache.
 
     Attention that a group receives is summed, keys and hidden rows are averaged. Under a plan per KV head `hidden`, which has no
     head axis, is gone.
     """
-    per_head = plan.assign.ndim == 3
+    per_head = representative(plan).ndim == 3
 
-    def spread(heads: int) -> Plan:  # the plan with a head axis of `heads`
+    def spread(heads: int) -> Plan | DensePlan:  # the plan with a head axis of `heads`
         if not per_head:
             return jax.tree.map(lambda a: jnp.repeat(a[:, None], heads, 1), plan)
         return jax.tree.map(lambda a: jnp.repeat(a, heads // a.shape[1], 1), plan)

@@ -16,8 +16,8 @@ def chunks(pos: Int[Array, "*B n"], size: int) -> Int[Array, "*B n"]:
 
 def sentences(ids: Int[Array, "b n"], live: Bool[Array, "b n"], ends: tuple[int, ...]) -> Int[Array, "b n"]:
     """Sentence number of each live token: a token whose id is in `ends` closes its sentence; -1 where dead."""
-    stop = live & jnp.isin(ids, jnp.asarray(ends, ids.dtype))
-    before = jnp.cumsum(stop.astype(jnp.int32), -1) - stop
+    stop = (live & jnp.isin(ids, jnp.asarray(ends, ids.dtype))).astype(jnp.int32)
+    before = jnp.cumsum(stop, -1) - stop
     return jnp.where(live, before, -1)
 
 

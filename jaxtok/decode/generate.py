@@ -126,7 +126,7 @@ def prefill_chunked(
     key: Array | None = None,
     impl: str = "auto",
 ) -> tuple[Tokens, Layers]:
-    """`embed` and `prefill` in chunks of `chunk` rows: activations take the memory of one chunk, the cache that of the prompt.
+    """`embed` and `prefill` of left-padded prompts in chunks of `chunk` rows: activations take the memory of one chunk, the cache that of the prompt.
 
     The caches are compressed with the last chunk, whose queries are the window that a method sees; a step policy observes all.
     ValueError for methods that need evidence of the whole prompt at once, and for pruning between layers.

@@ -49,8 +49,8 @@ Number = int | float
 
 
 class Cost(NamedTuple):
-    """What a program costs. ``unknown`` names what was only guessed: primitives without a rule (their operands read, results written, one
-    FLOP an element), ``while[i]`` without trips (counted once; i in program order), ``pallas_call:name`` without a declared cost (no FLOPs)."""
+    """What a program costs. ``unknown`` names what was only guessed, in branches not taken as well: primitives without a rule (operands
+    read, results written, a FLOP an element), ``while[i]`` without trips (once; i in program order), ``pallas_call:name`` undeclared."""
 
     flops: Number
     bytes: Number
@@ -112,9 +112,8 @@ def peak_memory(compiled: Any) -> int:
 
 
 def _add(table: dict, other: Mapping, scale: Number) -> None:
-    for name, (f, b) in other.items():
-        old = table.get(name, (0, 0))
-        table[name] = (old[0] + f * scale, old[1] + b * scale)
+    for name, (flops, nbytes) in other.items():
+        table[name] = (table.get(name, (0, 0))[0] + flops * scale, table.get(name, (0, 0))[1] + nbytes * scale)
 
 
 def _cost(table: Mapping, unknown: Any) -> Cost:

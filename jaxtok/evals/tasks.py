@@ -3,15 +3,14 @@
 A case is a context, a question that the model continues, and the answers. The two are apart so that a cache can be
 compressed after the context (question unseen) or after context + question (query-aware). Two wordings:
 
-    "short"  made for a small character model and easy to read: a fact is the sentence " Remember mako=5283.", the question
-             "\\nRemember mako=". Several at once: "\\nRecall (a) mako (b) tiru: (a) mako=", continued "5283 (b) tiru=9912".
+    "short"  made for a small character model and easy to read: a fact is the sentence " Remember mako=528.", the question
+             "\\nRemember mako=". Several at once: "\\nRecall (a) mako= (b) tiru=: (a) mako=", continued "528 (b) tiru=991".
     "ruler"  the wording of RULER (arXiv:2404.06654), for language models.
 
 Keys of the short wording are random letters, split by a checksum: those for training (`split="train"`) and those for
 evaluation never meet. The default haystack is `haystack()`, text that the embedded model was not trained on.
 """
 
-import dataclasses
 import functools
 import importlib.resources
 import inspect
@@ -23,6 +22,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxtok.evals.wording import TEMPLATES, Template, value_range, values, word_keys
 
 Encode = Callable[[str], Sequence[int]]
 
@@ -50,133 +51,6 @@ def haystack() -> str:
     return importlib.resources.files("jaxtok.evals").joinpath("haystack.txt").read_text("utf-8")
 
 
-# --- keys and values --------------------------------------------------------------------------------------------------
-
-_LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-_ADJECTIVES = (
-    "able amber brave brisk calm clever crisp daring eager early fair fancy fresh gentle glad grand green happy humble keen kind late light "
-    "lively lucky mellow merry mild neat noble odd pale plain proud quick quiet rapid rare sharp shy silver sleepy smart soft steady "
-    "sunny swift tidy warm wise"
-).split()
-_NOUNS = (
-    "anchor apple arrow badge basket bell bridge button candle castle cloud comet copper crown desert dragon engine falcon feather forest "
-    "garden glacier hammer harbor island jacket kettle ladder lantern marble meadow mirror orchard paper pepper pillow planet pocket "
-    "rabbit ribbon river saddle shadow spoon stone summit table tiger valley window"
-).split()
-
-
-def word_keys(rng: np.random.Generator, n: int, split: str = "eval", *, letters: tuple[int, int] = (4, 6)) -> list[str]:
-    """n different keys of `letters` (fewest, most) random letters; about one word in four is an evaluation key, the rest train.
-
-    The sum of its letters (a = 0) modulo 4 tells: 0 = evaluation.
-    """
-    if split not in ("train", "eval"):
-        raise ValueError(f"split={split!r}; supported: train, eval")
-    out: dict[str, None] = {}
-    while len(out) < n:
-        m = 6 * (n - len(out)) + 8
-        ids, sizes = rng.integers(0, 26, (m, letters[1])), rng.integers(letters[0], letters[1] + 1, m)
-        keep = (np.where(np.arange(letters[1]) < sizes[:, None], ids, 0).sum(1) % 4 == 0) == (split == "eval")
-        out |= dict.fromkeys("".join(_LETTERS[i[:s]]) for i, s in zip(ids[keep], sizes[keep], strict=True))
-    return list(out)[:n]
-
-
-def phrase_keys(rng: np.random.Generator, n: int, split: str = "eval") -> list[str]:
-    """n different keys adjective-noun, or adjective-adjective-noun where n is large. `split` is of no consequence."""
-    bases = [_ADJECTIVES, _NOUNS] if n <= 1000 else [_ADJECTIVES, _ADJECTIVES, _NOUNS]
-    total = math.prod(map(len, bases))
-    if n > total:
-        raise ValueError(f"{n} keys wanted, the ruler wording has {total}; shorten the context or use template='short'")
-    picks = np.unravel_index(rng.choice(total, n, replace=False), [len(b) for b in bases])
-    return ["-".join(b[i] for b, i in zip(bases, row, strict=True)) for row in zip(*picks, strict=True)]
-
-
-def values(rng: np.random.Generator, n: int, digits: int) -> list[str]:
-    """n different numbers of exactly `digits` digits (leading zeros allowed below 5 digits)."""
-    low = 0 if digits < 5 else 10 ** (digits - 1)
-    if n > (10**digits - low) // 2:
-        raise ValueError(f"{n} values wanted, too many to differ in {digits} digits; give digits={digits + 2}")
-    out: dict[int, None] = {}
-    while len(out) < n:
-        out |= dict.fromkeys(rng.integers(low, 10**digits, n - len(out)).tolist())
-    return [f"{v:0{digits}d}" for v in out]
-
-
-# --- wordings ---------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Template:
-    """A wording. `intro(n)` opens a context with n facts; `ask` ends where the (first) answer begins; `reply` is a perfect continuation."""
-
-    digits: int
-    keys: Callable[..., list[str]]
-    intro: Callable[[int], str]
-    fact: Callable[[str, str], str]  # a sentence amid text, with its leading space
-    row: Callable[[str, str], str]  # an entry of a list
-    ask: Callable[[Sequence[str], bool], str]  # (keys, has each key more values than one?)
-    reply: Callable[[Sequence[str], Sequence[str]], str]
-
-
-def _label(i: int) -> str:
-    return f"({chr(ord('a') + i)})" if i < 26 else f"({i + 1})"
-
-
-def _short_ask(keys: Sequence[str], several: bool) -> str:
-    if len(keys) == 1:
-        return f"\nRemember {keys[0]}="
-    return "\nRecall " + " ".join(f"{_label(i)} {k}" for i, k in enumerate(keys)) + f": (a) {keys[0]}="
-
-
-def _short_reply(keys: Sequence[str], answers: Sequence[str]) -> str:
-    return answers[0] + "".join(f" {_label(i)} {k}={v}" for i, (k, v) in enumerate(zip(keys, answers, strict=True)) if i)
-
-
-def _join(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + (", and " if len(words) > 2 else " and ") + words[-1]
-
-
-def _ruler_ask(keys: Sequence[str], several: bool) -> str:
-    names = _join(list(dict.fromkeys(keys)))
-    if len(keys) == 1 and not several:
-        about = f"special magic number for {names} mentioned in the provided text is"
-        return f"\nWhat is the special magic number for {names} mentioned in the provided text? The {about}"
-    about = f"special magic numbers for {names} mentioned in the provided text are"
-    return f"\nWhat are all the special magic numbers for {names} mentioned in the provided text? The {about}"
-
-
-def _ruler_intro(n: int) -> str:
-    some = "A special magic number is" if n == 1 else "Some special magic numbers are"
-    it, number = ("it", "number") if n == 1 else ("them", "numbers")
-    return f"{some} hidden within the following text. Make sure to memorize {it}. I will quiz you about the {number} afterwards.\n"
-
-
-def _ruler_fact(key: str, value: str) -> str:
-    return f"One of the special magic numbers for {key} is: {value}."
-
-
-TEMPLATES = {
-    "short": Template(
-        digits=4,
-        keys=word_keys,
-        intro=lambda n: "",
-        fact=lambda k, v: f" Remember {k}={v}.",
-        row=lambda k, v: f"{k}={v}, ",
-        ask=_short_ask,
-        reply=_short_reply,
-    ),
-    "ruler": Template(
-        digits=7,
-        keys=phrase_keys,
-        intro=_ruler_intro,
-        fact=lambda k, v: " " + _ruler_fact(k, v),
-        row=lambda k, v: _ruler_fact(k, v) + "\n",
-        ask=_ruler_ask,
-        reply=lambda keys, answers: " " + _join(answers) + ".",
-    ),
-}
-
-
 # --- filling a context to a length ------------------------------------------------------------------------------------
 
 
@@ -192,12 +66,14 @@ class _Source(NamedTuple):
     split: str
 
     def fit(self, build: Callable[[int], str], question: str, *, unit: float = 1.0) -> str:
-        """The longest `build(n)` found, n >= 0, that with the question takes at most `room` tokens; `unit`: characters that n adds by one."""
+        """The longest `build(n)` found, n >= 0, that with the question takes at most `room` tokens. unit: characters a step of n."""
         room = self.room - len(self.encode(question))
         base = build(0)
         low, used = 0, len(self.encode(base))
         if used > room:
-            raise ValueError(f"length={self.room} tokens is too short: the case takes {used + self.room - room} without its filler; raise length")
+            raise ValueError(
+                f"length={self.room} tokens is too short: the case takes {used + self.room - room} without its filler; raise length"
+            )
         best, high, per = base, None, 1 / unit
         guess = low + max(1, int((room - used) * per))
         for _ in range(24):
@@ -296,25 +172,29 @@ def _multi_query(s: _Source, *, asked: int = 2, needles: int = 8) -> _Draft:
 def _kv_recall(s: _Source) -> _Draft:
     """A list of pairs that fills the context, one of them asked: associative recall."""
     t = s.template
-    most = s.room // 2 + 2  # a pair takes two tokens or more
-    keys, vals = s.fresh(min(most, (10**t.digits) // 4))
-    rows = [t.row(k, v) for k, v in zip(keys, vals, strict=True)]
+    keys = t.keys(s.rng, s.room // 2 + 2, s.split)  # a pair takes two tokens or more
+    (answer,) = values(s.rng, 1, t.digits)
+    # other values may repeat, the asked one must not
+    low, high = value_range(t.digits)
+    others = [f"{v:0{t.digits}d}" for v in s.rng.integers(low, high, len(keys)).tolist()]
+    spare = values(s.rng, 2, t.digits)
+    others = [v if v != answer else next(x for x in spare if x != answer) for v in others]
+    rows = [t.row(k, v) for k, v in zip(keys, others, strict=True)]
     place = s.place()
-    # every question of this wording is as long as the longest key makes it, so the list can be fitted before the pair is chosen
+    # no question is longer than that of the longest key, so the list can be fitted before the pair is chosen
     longest = t.ask([max(keys, key=len)], False)
     intro = t.intro(2)
     context = s.fit(lambda n: intro + "".join(rows[: n + 1]), longest, unit=len("".join(rows)) / len(rows))
     n = next(i for i in range(len(rows) + 1) if len(intro) + sum(map(len, rows[:i])) == len(context))
-    if n == len(rows):
-        raise ValueError(f"length={s.room} needs more than {n} pairs of {t.digits} digits; use template='ruler' or a shorter length")
     i = min(n - 1, int(place * n))
-    return _Draft(context, t.ask([keys[i]], False), (vals[i],), t.reply([keys[i]], [vals[i]]))
+    rows[i] = t.row(keys[i], answer)
+    return _Draft(intro + "".join(rows[:n]), t.ask([keys[i]], False), (answer,), t.reply([keys[i]], [answer]))
 
 
 def _variable_tracking(s: _Source, *, hops: int = 4) -> _Draft:
     """A chain x1 = value, x2 = x1, ...: which keys hold the value? Links in order, at random places (`depth` is of no consequence)."""
     short = s.template is TEMPLATES["short"]
-    keys, vals = word_keys(s.rng, hops + 1, s.split), values(s.rng, 1, s.template.digits + (0 if short else -2))
+    keys, vals = word_keys(s.rng, hops + 1, s.split), values(s.rng, 1, s.template.digits if short else 5)
     if not short:
         keys = [k.upper() for k in keys]
     sources = [vals[0], *keys[:-1]]
@@ -333,9 +213,9 @@ def _variable_tracking(s: _Source, *, hops: int = 4) -> _Draft:
     return _Draft(s.fit(lambda n: intro + _hide(take(n), facts), question), question, tuple(keys), " " + " ".join(keys), unique=False)
 
 
-def _shuffled(s: _Source, words: list[str], join: Callable[[list[str]], str]) -> str:
-    # a fixed seed a case, so that `fit` sees a function of n
-    order = np.random.default_rng(int(s.rng.bit_generator.seed_seq.generate_state(1)[0])).permutation(len(words))  # type: ignore[attr-defined]
+def _shuffled(words: list[str], join: Callable[[list[str]], str]) -> str:
+    # the same order at each call, so that `fit` sees a function of n
+    order = np.random.default_rng(zlib.crc32(words[0].encode())).permutation(len(words))
     return join([words[i] for i in order])
 
 
@@ -346,14 +226,20 @@ def _common_words(s: _Source, *, common: int | None = None, times: int | None = 
     if times <= rare:
         raise ValueError(f"times={times} must be over rare={rare}")
     words = word_keys(s.rng, s.room + common, s.split)
-    intro = "" if short else "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
+    intro = (
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
+    )
+    intro = "" if short else intro
     join = " ".join if short else lambda w: " ".join(f"{i + 1}. {x}" for i, x in enumerate(w))
     question = "\nRecall the most common words:"
     if not short:
-        question = f"\nQuestion: What are the {common} most common words in the above list? Answer: The top {common} words that appear most often in the list are:"
+        question = (
+            f"\nQuestion: What are the {common} most common words in the above list? "
+            f"Answer: The top {common} words that appear most often in the list are:"
+        )
 
     def build(n: int) -> str:
-        return intro + _shuffled(s, words[:common] * times + words[common : common + n] * rare, join)
+        return intro + _shuffled(words[:common] * times + words[common : common + n] * rare, join)
 
     return _Draft(s.fit(build, question, unit=6.0 * rare), question, tuple(words[:common]), " " + " ".join(words[:common]), unique=False)
 
@@ -361,22 +247,28 @@ def _common_words(s: _Source, *, common: int | None = None, times: int | None = 
 def _frequent_words(s: _Source, *, alpha: float = 2.0, top: int = 3) -> _Draft:
     """Words whose counts fall as rank ** -alpha amid dots (the most frequent "word"): which are the `top` most frequent?"""
     short = s.template is TEMPLATES["short"]
+    number = {2: "two", 3: "three", 4: "four", 5: "five"}.get(top, str(top))
     words = word_keys(s.rng, 50, s.split, letters=(6, 6))
     share = np.arange(2, 52) ** -float(alpha)
     share = share / (1 + share.sum())
-    intro = "" if short else "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words. "
+    intro = (
+        "Read the following coded text and track the frequency of each coded word. "
+        f"Find the {number} most frequently appeared coded words. "
+    )
+    intro = "" if short else intro
     question = "\nRecall the most frequent words:"
     if not short:
         question = (
-            "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared words in the "
-            "above coded text? Answer: According to the coded text above, the three most frequently appeared words are:"
+            "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
+            f"What are the {number} most frequently appeared words in the above coded text? "
+            f"Answer: According to the coded text above, the {number} most frequently appeared words are:"
         )
 
     def build(n: int) -> str:
         counts = np.round(share * (n + 20)).astype(int)
         counts[: top + 1] += np.arange(top, -1, -1)  # strictly ordered however short the text
         listed = [w for w, c in zip(words, counts, strict=True) for _ in range(c)]
-        return intro + _shuffled(s, listed + ["..."] * max(0, n + 20 - len(listed)), " ".join)
+        return intro + _shuffled(listed + ["..."] * max(0, n + 20 - len(listed)), " ".join)
 
     return _Draft(s.fit(build, question, unit=5.0), question, tuple(words[:top]), " " + " ".join(words[:top]), unique=False)
 
@@ -424,14 +316,18 @@ def examples(
         raise ValueError(f"depth={depth} must be between 0 (start) and 1 (end)")
     known = set(inspect.signature(TASKS[task]).parameters) - {"s"}
     if not known >= set(options):
-        raise ValueError(f"task {task} has no option {', '.join(sorted(set(options) - known))}; it has: {', '.join(sorted(known)) or 'none'}")
+        raise ValueError(
+            f"task {task} has no option {', '.join(sorted(set(options) - known))}; it has: {', '.join(sorted(known)) or 'none'}"
+        )
     text = haystack() if text is None else text
     if not text.strip():
         raise ValueError("the haystack text is empty")
     return [_case(task, i, length, encode, seed, depth, text, template, split, options) for i in range(count)]
 
 
-def _case(task: str, i: int, length: int, encode: Encode, seed: int, depth: float | None, text: str, name: str, split: str, options: Any) -> Example:
+def _case(
+    task: str, i: int, length: int, encode: Encode, seed: int, depth: float | None, text: str, name: str, split: str, options: Any
+) -> Example:
     template = TEMPLATES[name]
     for attempt in range(50):
         rng = np.random.default_rng([seed, zlib.crc32(task.encode()), i, attempt])
@@ -510,6 +406,12 @@ def read_jsonl(path: str | pathlib.Path, *, encode: Encode | None = None, limit:
     if not out:
         raise ValueError(f"{path} has no rows")
     return out
+
+
+def write_jsonl(path: str | pathlib.Path, cases: Iterable[Example]) -> None:
+    """Write cases as RULER's rows, which `read_jsonl` reads back (`input` is context + question)."""
+    rows = ({"index": i, "input": e.context + e.question, "outputs": list(e.answers), "length": e.length} for i, e in enumerate(cases))
+    pathlib.Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

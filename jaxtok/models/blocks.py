@@ -41,13 +41,13 @@ def norm(x: Float[Array, "*b c"], w: Float[Array, " c"], eps: float, offset: flo
 # --- rotary positions -------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
-def _frequencies(cfg: Config, local: bool) -> np.ndarray:
+@functools.lru_cache(maxsize=4096)
+def frequencies(cfg: Config, layer: int) -> np.ndarray:
+    """Radians a position of 0-based `layer`, f32 [r/2] with r = rotary_dim: theta**(-2i/r), scaled as cfg.rope_scaling says."""
     r = cfg.head_dim if cfg.rotary_dim is None else cfg.rotary_dim
-    theta = cfg.rope_theta_local if local and cfg.rope_theta_local is not None else cfg.rope_theta
-    freq = theta ** (-np.arange(0, r, 2, dtype=np.float64) / r)
-    # Gemma3's local layers keep their own unscaled base; Mistral-like local layers have no base of their own.
-    s = None if local and cfg.rope_theta_local is not None else cfg.rope_scaling
+    freq = cfg.layer_theta(layer) ** (-np.arange(0, r, 2, dtype=np.float64) / r)
+    # Gemma3's local layers keep their own unscaled base; Mistral's have no base of their own
+    s = None if cfg.layer_window(layer) and cfg.rope_theta_local is not None else cfg.rope_scaling
     if s is not None and s.kind == "linear":
         freq = freq / s.factor
     elif s is not None:  # llama3: long wavelengths are interpolated, short ones kept, a linear ramp between
@@ -55,13 +55,8 @@ def _frequencies(cfg: Config, local: bool) -> np.ndarray:
         smooth = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
         freq = (1 - smooth) * freq / s.factor + smooth * freq
     out = freq.astype(np.float32)
-    out.flags.writeable = False
+    out.flags.writeable = False  # it is cached: nobody may change it
     return out
-
-
-def frequencies(cfg: Config, layer: int) -> np.ndarray:
-    """Radians a position of 0-based `layer`, f32 [r/2] with r = rotary_dim: theta**(-2i/r), scaled as cfg.rope_scaling says."""
-    return _frequencies(cfg, bool(cfg.local) and cfg.local[layer])
 
 
 def rotate_by(

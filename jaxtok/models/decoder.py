@@ -15,6 +15,7 @@ from jaxtok.core.protocols import Held, vacate
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, grow_kv, move, ranks, reduce, reduce_kv, turn
 from jaxtok.core.score import moments
+from jaxtok.core.select import pack
 from jaxtok.core.types import KV, Evidence, Needs, Part, Tokens
 from jaxtok.models import blocks
 from jaxtok.models.config import Config
@@ -26,25 +27,28 @@ PLAIN = Recipe()
 
 
 def embed(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None) -> Tokens:
-    """Tokens of a batch of left-padded prompts; `live` marks the real ones (None = all). Positions count from 0."""
+    """Tokens of a batch of padded prompts; `live` marks the real ones (None = all). Positions count from 0.
+
+    Padding may stand anywhere: rows are packed dead first, live last, and `source` says where each token went.
+    """
     live = jnp.ones(ids.shape, bool) if live is None else live
     if live.shape != ids.shape:
         raise ValueError(f"live {live.shape} must have the shape of ids {ids.shape}")
-    pos = blocks.positions(live)
+    packed = pack(live)
+    pos = blocks.positions(packed.index >= 0)
     none = jnp.full(ids.shape, -1, jnp.int32)
-    b, n = ids.shape
     return Tokens(
-        x=blocks.embed(cfg, params, ids),
+        x=blocks.embed(cfg, params, gather(ids, packed.index)),
         pos=pos,
         rope=jnp.maximum(pos, 0)[..., None],
-        size=live.astype(jnp.float32),
+        size=(pos >= 0).astype(jnp.float32),
         kind=jnp.zeros(ids.shape, jnp.int8),
         segment=none,
         cell=jnp.repeat(none[..., None], 2, -1),
-        source=jnp.where(live, jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n)), -1),
+        source=packed.assign,
         seen=jnp.sum(live, -1, dtype=jnp.int32),
-        delta=jnp.zeros((b,), jnp.int32),
-        lost=jnp.zeros((b,), jnp.int32),
+        delta=jnp.zeros(ids.shape[:1], jnp.int32),
+        lost=jnp.zeros(ids.shape[:1], jnp.int32),
     )
 
 
@@ -351,10 +355,7 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
             reading = reader.update(own, reading, kv, jnp.broadcast_to(jnp.minimum(at + r, kv.k.shape[2] - 1), kv.pos.shape[:2]))
         reading, carry, index = reader.read(own, i, reading, carry, q if reader.raw else turned, kv)
         if index is not None:
-            slots = jnp.where(
-                index.index[..., None] < 0, -1, index.index[..., None] * reader.block + jnp.arange(reader.block, dtype=jnp.int32)
-            )
-            slots = slots.reshape(*slots.shape[:2], -1)
+            slots = block_slots(index.index, reader.block)
             keys, values = gather(kv.k if index.rope is not None else keys, slots), gather(values, slots)
             if index.rope is not None:
                 keys = turn(keys, index.rope, freqs)

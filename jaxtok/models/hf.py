@@ -112,7 +112,7 @@ def _layer_types(raw: dict[str, Any], family: str, layers: int, r: _Reader) -> t
 def config_from_hf(raw: dict[str, Any]) -> Config:
     """Config of a Hugging Face config.json (transformers 4 and 5 spellings); ValueError names whatever is not supported."""
     family = raw.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"config.json: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
     r = _Reader(raw, FAMILIES[family])
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention", "quantization_config"):
@@ -156,6 +156,9 @@ def config_from_hf(raw: dict[str, Any]) -> Config:
 
     local, window = _layer_types(raw, family, layers, r)
     eos = r.get("eos_token_id", (int, list, type(None)))
+    eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    if not all(type(i) is int for i in eos):
+        raise ValueError(f"config.json: eos_token_id={eos!r} should be a list of int")
     softcap = lambda key: r.number(key) if gemma and r.get(key, (int, float, type(None))) else None
     return Config(
         family=family, vocab=r.size("vocab_size"), width=width, layers=layers, heads=heads,
@@ -165,7 +168,7 @@ def config_from_hf(raw: dict[str, Any]) -> Config:
         softcap=softcap("attn_logit_softcapping"), logit_softcap=softcap("final_logit_softcapping"), qk_norm=family in ("qwen3", "gemma3_text"),
         qkv_bias=family == "qwen2", sandwich=gemma, scale=r.number("query_pre_attn_scalar") ** -0.5 if gemma else None,
         embed_scale=width**0.5 if gemma else 1.0, tied=r.get("tie_word_embeddings", (bool,)),
-        bos=r.get("bos_token_id", (int, type(None))), eos=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        bos=r.get("bos_token_id", (int, type(None))), eos=tuple(eos),
     )  # fmt: skip
 
 

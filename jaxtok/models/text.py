@@ -8,7 +8,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
+
+Ids = Sequence[int] | Int[Array | np.ndarray, " n"]
 
 
 @runtime_checkable
@@ -23,13 +25,18 @@ class Tokenizer(Protocol):
         """Ids of `text`, with the special ids the model expects around it (usually bos in front) unless special=False."""
         ...
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         """Text of `ids` without special ids; bytes that are no UTF-8 become U+FFFD."""
         ...
 
     def save(self, folder: pathlib.Path) -> None:
         """Write the tokenizer's file into a checkpoint folder, where `load` finds it."""
         ...
+
+
+def _ints(ids: Ids) -> list[int]:
+    """A list of Python ints of a list or an array of ids (one transfer for a device array)."""
+    return np.asarray(ids, np.int64).tolist()
 
 
 class JsonTokenizer:
@@ -52,9 +59,9 @@ class JsonTokenizer:
         """See `Tokenizer.encode`; the special ids are those of the file's own post-processor."""
         return self.inner.encode(text, add_special_tokens=special).ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         """See `Tokenizer.decode`."""
-        return self.inner.decode([int(i) for i in ids], skip_special_tokens=True)
+        return self.inner.decode(_ints(ids), skip_special_tokens=True)
 
     def save(self, folder: pathlib.Path) -> None:
         """Write tokenizer.json."""
@@ -129,12 +136,12 @@ class ScoreTokenizer:
             push(i)
             if left[i] >= 0:
                 push(left[i])
-        return [self.bos] * special + [i for i in ids if i >= 0]
+        return [1] * special + [i for i in ids if i >= 0]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Ids) -> str:
         """See `Tokenizer.decode`; the dummy space after bos is dropped."""
         out, last = b"", None
-        for i in map(int, ids):
+        for i in _ints(ids):
             if not 0 <= i < self.vocab:
                 raise ValueError(f"id {i} is outside the vocabulary of {self.vocab}")
             piece = self._out[i]

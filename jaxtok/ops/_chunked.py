@@ -6,6 +6,7 @@ compile time does not depend on the length, and no array of size t x s exists.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -108,9 +109,9 @@ def level(*arrays: jax.Array | None) -> list[Any]:
     of an operand that did not vary is summed over the mesh, as it must be.
     """
     zeros = [None if x is None else jnp.zeros_like(x, jnp.float32, shape=()) for x in arrays]
-    zero = sum((z for z in zeros if z is not None), jnp.float32(0))
+    zero = functools.reduce(operator.add, (z for z in zeros if z is not None))
     same = [z is None or jax.typeof(z) == jax.typeof(zero) for z in zeros]
-    return [x if ok else x + zero.astype(x.dtype) for x, ok in zip(arrays, same, strict=True)]
+    return [x if x is None or ok else x + zero.astype(x.dtype) for x, ok in zip(arrays, same, strict=True)]
 
 
 def take(x: jax.Array, i, size: int, axis: int) -> jax.Array:

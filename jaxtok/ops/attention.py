@@ -1,7 +1,5 @@
 """Grouped-query attention over positions, with its logsumexp, in memory O(block); and the monoid that merges partial results."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -90,11 +88,10 @@ def attention(
     if not q.size or not k.size:  # nothing to read, or nobody to read it
         return jnp.zeros(q.shape, dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
-    return _attention(spec, dtype, *level(q, k, v, q_pos, k_pos, bias, as_window(window)))
+    return _jitted(spec, dtype, *level(q, k, v, q_pos, k_pos, bias, as_window(window)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(spec: Spec, dtype, q, k, v, q_pos, k_pos, bias, window):
+def _attend(spec: Spec, dtype, q, k, v, q_pos, k_pos, bias, window):
     x = prepare(spec, q, k, q_pos, k_pos, bias, window)
     v = pad(v, spec.block, 2)
 
@@ -126,7 +123,7 @@ def _attention(spec: Spec, dtype, q, k, v, q_pos, k_pos, bias, window):
 
 
 def _forward(spec, dtype, *args):
-    out, lse = _attention(spec, dtype, *args)
+    out, lse = _attend(spec, dtype, *args)
     return (out, lse), (*args, out, lse)
 
 
@@ -167,7 +164,9 @@ def _backward(spec, dtype, saved, cotangents):
     return dq, dk[:, :, :s].astype(k.dtype), dv[:, :, :s].astype(v.dtype), None, None, dbias, None
 
 
+_attention = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
 _attention.defvjp(_forward, _backward)
+_jitted = jax.jit(_attention, static_argnums=(0, 1))  # an unrolled model traces it once for all its layers
 
 
 def merge(

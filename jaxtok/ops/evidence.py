@@ -1,11 +1,13 @@
 """What attention tells about its keys, recomputed from q, k and the saved logsumexp in a second pass; nothing of size n x n exists."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jaxtok.ops._chunked import add, as_window, check, finite, group, level, make_spec, pad, prepare, probs, take, walk
+from jaxtok.ops._chunked import Spec, add, as_window, check, finite, group, level, make_spec, pad, prepare, probs, take, walk
 
 
 def received(
@@ -33,14 +35,16 @@ def received(
       ValueError: shapes, dtypes or window are wrong.
     """
     check(q, k, q_pos, k_pos, bias=bias, lse=lse, softcap=softcap, diagonal=diagonal)
-    b, h = q.shape[:2]
-    g, s = k.shape[1:3]
     if not q.size or not k.size:
-        return jnp.zeros((b, h, s), jnp.float32)
+        return jnp.zeros((*q.shape[:2], k.shape[2]), jnp.float32)
     spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
-    q, k, lse, *rest = level(q, k, lse, q_pos, k_pos, bias, as_window(window))
+    return _received(spec, *level(q, k, lse, q_pos, k_pos, bias, as_window(window)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _received(spec: Spec, q, k, lse, *rest):
     x = prepare(spec, q, k, *rest)
-    saved = pad(finite(group(lse, g)), spec.chunk, 3)
+    saved = pad(finite(group(lse, k.shape[1])), spec.chunk, 3)
 
     @jax.checkpoint  # the gradient recomputes a block rather than keeping all of them
     def column_sums(x, saved, i, j):
@@ -51,8 +55,8 @@ def received(
         return add(total, guard(column_sums, x, saved, i, j, otherwise=nothing), j, 3)
 
     total = jnp.zeros_like(x.q[:, :, :, 0, :1] * x.k[:, :, None, :, 0], jnp.float32)  # the product's shape and sharding, not its values
-    total = walk(spec, x, step, total)
-    return total[..., :s].reshape(b, h, s)
+    total = walk(spec, x, step, total)[..., : k.shape[2]]
+    return total.reshape(*q.shape[:2], k.shape[2])
 
 
 def rows(
@@ -68,20 +72,26 @@ def rows(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Float32[Array, "b h w s"]:
-    """Rows of the attention matrix: exp(logit(i, j) - lse_i) for the w queries given, usually the last ones (`q[:, :, -w:]`, `lse[..., -w:]`).
+    """Rows of the attention matrix: exp(logit(i, j) - lse_i) for the w queries given.
 
-    Arguments as in `attention`, cut to the same queries. Dead queries and dead keys give zero; a row that sees something sums to 1.
+    Usually the last ones: `q[:, :, -w:]`, `lse[..., -w:]`, `q_pos[:, -w:]`; one row is w = 1. Other arguments as in `attention`.
+    Dead queries and dead keys give zero; a row that sees something sums to 1.
 
     Raises:
       ValueError: shapes, dtypes or window are wrong.
     """
     check(q_last, k, q_pos, k_pos, bias=bias, lse=lse_last, softcap=softcap)
-    b, h, w, _ = q_last.shape
-    g, s = k.shape[1:3]
+    if not q_last.size or not k.size:
+        return jnp.zeros((*q_last.shape[:3], k.shape[2]), jnp.float32)
     # The result itself is w x s, so one block.
     spec = make_spec(q_last, k, causal=causal, softcap=softcap, scale=scale, diagonal=None, whole=True)
-    x = prepare(spec, q_last, k, q_pos, k_pos, bias, as_window(window))
-    return probs(spec, x, finite(group(lse_last, g)), 0, 0)[0].reshape(b, h, w, s)
+    return _rows(spec, q_last, k, lse_last, q_pos, k_pos, bias, as_window(window))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rows(spec: Spec, q, k, lse, *rest):
+    p, _ = probs(spec, prepare(spec, q, k, *rest), finite(group(lse, k.shape[1])), 0, 0)
+    return p.reshape(*q.shape[:3], k.shape[2])
 
 
 def pool(
@@ -100,7 +110,7 @@ def pool(
     if kind not in ("avg", "max"):
         raise ValueError(f"kind is {kind!r}; it must be 'avg' or 'max'")
     x = x if live is None else jnp.where(live, x, 0)
-    size, ends = (1,) * (x.ndim - 1) + (width,), ((0, 0),) * (x.ndim - 1) + ((width // 2,) * 2,)
+    size, ends = (1,) * (x.ndim - 1) + (width,), [(0, 0)] * (x.ndim - 1) + [(width // 2, width // 2)]
     if kind == "avg":
         y = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, size, (1,) * x.ndim, ends) / width
     else:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from jaxtok.evals import tasks
+from jaxtok.evals import tasks, wording
 
 NEEDLES = ("needle", "multi_key", "multi_value", "multi_query")
 RETRIEVAL = (*NEEDLES, "kv_recall")
@@ -71,7 +71,7 @@ def test_a_case_is_a_function_of_seed_and_index(task):
 
 
 def test_keys_of_training_and_evaluation_never_meet():
-    train, held = (set(tasks.word_keys(np.random.default_rng(0), 20_000, s)) for s in ("train", "eval"))
+    train, held = (set(wording.word_keys(np.random.default_rng(0), 20_000, s)) for s in ("train", "eval"))
     assert len(train) == len(held) == 20_000 and not train & held
     checksum = lambda k: sum(map(ord, k)) - ord("a") * len(k)
     assert all(checksum(k) % 4 == 0 for k in held) and all(checksum(k) % 4 for k in train)
@@ -84,10 +84,10 @@ def test_keys_of_training_and_evaluation_never_meet():
 
 def test_short_wording_word_by_word():
     t = tasks.TEMPLATES["short"]
-    assert t.fact("mako", "5283") == " Remember mako=5283."
+    assert t.fact("mako", "528") == " Remember mako=528."
     assert t.ask(["mako"], False) == "\nRemember mako="
-    assert t.ask(["mako", "tiru"], False) == "\nRecall (a) mako (b) tiru: (a) mako="
-    assert t.reply(["mako", "tiru"], ["5283", "9912"]) == "5283 (b) tiru=9912"
+    assert t.ask(["mako", "tiru"], False) == "\nRecall (a) mako= (b) tiru=: (a) mako="
+    assert t.reply(["mako", "tiru"], ["528", "991"]) == "528 (b) tiru=991"
     e = tasks.examples("multi_query", 1, length=500)[0]
     # the question is a prefix of a fact: key and "=" are what stood before the answer
     assert f"Remember {e.question.rsplit(' ', 1)[1]}{e.answers[0]}." in e.context
@@ -103,13 +103,13 @@ def test_multi_value_asks_all_the_values_of_one_key():
 def test_multi_key_hides_as_many_facts_as_asked():
     for n in (2, 8, 15):
         e = tasks.examples("multi_key", 1, length=800, needles=n)[0]
-        assert len(re.findall(r" Remember [a-z]+=\d{4}\.", e.context)) == n
+        assert len(re.findall(r" Remember [a-z]+=\d{3}\.", e.context)) == n
 
 
 @pytest.mark.parametrize("template", ["short", "ruler"])
 def test_variable_tracking_chains_to_the_value(template):
     for e in tasks.examples("variable_tracking", 5, length=1200, template=template, hops=3):
-        value = re.findall(r"\d{4,5}", e.question)[0]
+        value = re.findall(r"\d{3,5}", e.question)[0]
         links = re.findall(r"(?:Remember|VAR) (\w+) ?= ?(?:VAR )?(\w+)\.", e.context)
         assert [v for v, _ in links] == list(e.answers) and len(links) == 4
         assert [s for _, s in links] == [value, *e.answers[:-1]]
@@ -138,11 +138,11 @@ def test_needle_grid_is_lengths_by_depths():
 
 def test_own_haystack_is_used_and_repeated_when_short():
     e = tasks.examples("needle", 1, length=900, text="one two three four five. ")[0]
-    assert re.sub(r" Remember [a-z]+=\d{4}\.", "", e.context).replace("one two three four five. ", "").count("t") <= 4
+    assert re.sub(r" Remember [a-z]+=\d{3}\.", "", e.context).replace("one two three four five. ", "").count("t") <= 4
 
 
 def test_an_answer_is_never_taken_from_numbers_in_the_haystack():
-    text = " ".join(f"{i:04d}" for i in range(0, 10_000, 2))  # half of all values
+    text = " ".join(f"{i:03d}" for i in range(0, 1000, 2))  # half of all values
     for e in tasks.examples("needle", 10, length=20_000, text=text):
         assert e.context.count(e.answers[0]) == 1
 
@@ -166,9 +166,9 @@ def test_wrong_arguments_name_the_cure(options, message):
 
 
 def test_too_many_values_for_their_digits():
-    assert len(set(tasks.values(np.random.default_rng(0), 4000, 4))) == 4000
+    assert len(set(wording.values(np.random.default_rng(0), 4000, 4))) == 4000
     with pytest.raises(ValueError, match="digits=6"):
-        tasks.values(np.random.default_rng(0), 9000, 4)
+        wording.values(np.random.default_rng(0), 9000, 4)
 
 
 def test_jsonl_reader_on_a_written_file(tmp_path):
@@ -199,17 +199,28 @@ def test_jsonl_reader_names_the_bad_line(tmp_path, line):
 
 def test_jsonl_reader_on_rulers_own_rows(data):
     folder = data / "ruler_llama3_4096"
-    for name, start in (("niah_single_2", "What is the special magic number for "), ("vt", "Question: Find all"), ("fwe", "Question: Do not")):
+    for name, start in (
+        ("niah_single_2", "What is the special magic number for "),
+        ("vt", "Question: Find all"),
+        ("fwe", "Question: Do not"),
+    ):
         rows = tasks.read_jsonl(folder / f"{name}.jsonl")
         assert rows and all(e.question.startswith("\n" + start) and e.length > 3000 for e in rows)
         assert all(a in e.context for e in rows for a in e.answers)
         assert all(0 < e.depth < 1 for e in rows)
 
 
+def test_jsonl_written_is_read_back(tmp_path):
+    made = tasks.examples("multi_query", 3, length=400)
+    tasks.write_jsonl(tmp_path / "multi_query.jsonl", made)
+    same = lambda e: (e.context, e.question, e.answers, e.depth, e.length, e.task)
+    assert list(map(same, tasks.read_jsonl(tmp_path / "multi_query.jsonl"))) == list(map(same, made))
+
+
 def test_scores():
     assert tasks.string_match("It is ABC and 12.", ["abc", "12", "7"]) == pytest.approx(2 / 3)
-    assert tasks.exact_first(" 5283 (b)", ["5283", "1"]) == 1.0
-    assert tasks.exact_first("528", ["5283"]) == 0.0 and tasks.exact_first("15283", ["5283"]) == 0.0
+    assert tasks.exact_first(" 528 (b)", ["528", "1"]) == 1.0
+    assert tasks.exact_first("52", ["528"]) == 0.0 and tasks.exact_first("1528", ["528"]) == 0.0
 
 
 def test_the_haystack_ships_and_is_plain():

@@ -65,8 +65,10 @@ def dense_jax(q, k, v, q_pos, k_pos, bias=None, causal=True, window=None, softca
 
 
 def make(h, g, t, s, *, seed=0, bias=False, heads=False, dead=(0, 9), b=2, d=6):
-    """Random operands. The keys stand at 0..s-1 less the row's dead ones (left padding), the queries at the last t of them; `heads`: a cache
-    in which each head has lost other keys and the slots are in no order."""
+    """Random operands. The keys stand at 0..s-1 less the row's dead ones (left padding), the queries at the last t of them.
+
+    `heads`: a cache in which each head has lost other keys and the slots are in no order.
+    """
     rng = np.random.default_rng(seed)
     pos = np.stack([np.maximum(np.arange(s) - n, -1) for n in dead[:b]]).astype(np.int32)
     x = {"q": rng.normal(size=(b, h, t, d)), "k": rng.normal(size=(b, g, s, d)), "v": rng.normal(size=(b, g, s, d))}
@@ -244,28 +246,26 @@ def test_transformations_compose(small):
             np.testing.assert_allclose(nested[key][i, j], a, atol=1e-5, err_msg=key)
 
 
-@pytest.mark.parametrize("sharded", ["queries", "keys"])
-def test_shard_map(sharded, small):
+def test_shard_map(small):
     """Queries or keys vary over the mesh and the other does not, forward and backward, with JAX's check of it on."""
     x, _, _ = CASES["cache"]
     floats, rest = split(x, window=9)
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     whole, part = PartitionSpec(), PartitionSpec(None, None, "x")
-    keys = {"k": part, "v": part, "bias": part}
-    specs = {"q": part, **dict.fromkeys(keys, whole)} if sharded == "queries" else {"q": whole, **keys}
 
     def loss(floats):
         out, lse = attention(**floats, **rest)
-        return jax.lax.psum(jnp.sum(out * out) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0)), "x")
-
-    mapped = jax.shard_map(loss, mesh=mesh, in_specs=(specs,), out_specs=whole)
-
-    def plain(floats):
-        out, lse = attention(**floats, **rest)
         return jnp.sum(out * out) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0))
 
-    for a, b in zip(*(jax.tree.leaves(jax.jit(jax.value_and_grad(f))(floats)) for f in (mapped, plain)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    def summed(floats):
+        return jax.lax.psum(loss(floats), "x")
+
+    expected = jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(floats))
+    for vary in ("q", ("k", "v", "bias")):
+        specs = {key: part if key in vary else whole for key in floats}
+        mapped = jax.shard_map(summed, mesh=mesh, in_specs=(specs,), out_specs=whole)
+        for a, b in zip(jax.tree.leaves(jax.jit(jax.value_and_grad(mapped))(floats)), expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def _loop_lengths(**static):
@@ -317,7 +317,8 @@ def test_merge_by_hand_and_its_gradients():
     """exp(lse) = 1 and 3: out = a/4 + 3b/4, lse = log 4.  d lse/d lse_a = 1/4, d out/d lse_a = (1/4)(3/4)(a - b)."""
     out_a, out_b = jnp.asarray([[8.0], [5.0], [0.0]]), jnp.asarray([[4.0], [0.0], [0.0]])
     lse_a, lse_b = jnp.asarray([0.0, 2.0, -jnp.inf]), jnp.asarray([np.log(3.0), -np.inf, -np.inf], jnp.float32)
-    out, lse = merge(out_a, lse_a, out_b, lse_b)
+    args = out_a, lse_a, out_b, lse_b
+    out, lse = merge(*args)
     np.testing.assert_allclose(out[:, 0], [5.0, 5.0, 0.0], rtol=1e-6)
     np.testing.assert_allclose(lse, [np.log(4.0), 2.0, -np.inf], rtol=1e-6)
 
@@ -325,8 +326,7 @@ def test_merge_by_hand_and_its_gradients():
         value = merge(*args)[which]
         return jnp.sum(jnp.where(jnp.isfinite(value), value, 0))
 
-    by_out = jax.grad(functools.partial(total, 0), (0, 1, 2, 3))(out_a, lse_a, out_b, lse_b)
-    by_lse = jax.grad(functools.partial(total, 1), (0, 1, 2, 3))(out_a, lse_a, out_b, lse_b)
+    by_out, by_lse = jax.jit(lambda *args: [jax.grad(functools.partial(total, which), (0, 1, 2, 3))(*args) for which in (0, 1)])(*args)
     np.testing.assert_allclose(by_out[0][:, 0], [0.25, 1, 0], rtol=1e-6)
     np.testing.assert_allclose(by_out[1], [0.75, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(by_out[2][:, 0], [0.75, 0, 0], rtol=1e-6)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxtok.core import budget, check, score
+from jaxtok.core import budget, check, reduce, score
 from jaxtok.core.protocols import CacheCompressor, CacheScorer, top_slots
 from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs, Plan, Protect
@@ -64,14 +64,19 @@ class PyramidKV(CacheScorer):
         return Protect(recent=self.window)
 
     @property
+    def average(self) -> int:
+        """Slots of the average layer."""
+        return self.capacity if self.place is None else self.place[2]
+
+    @property
     def slots(self) -> int:
         if self.place is not None:
-            return max(self.capacity, self.place[2])
+            return max(self.capacity, self.average)
         return self.layer(0, 2).capacity  # the first layer has most, however many follow
 
     def resize(self, capacity: int) -> CacheCompressor:
         """Another capacity; of a layer's instance it is that layer's own, whatever the pyramid would give it."""
-        return dataclasses.replace(self, capacity=capacity, place=None)
+        return dataclasses.replace(self, capacity=capacity, place=None if self.place is None else (0, 1, capacity))
 
     def layer(self, i: int, layers: int) -> CacheCompressor:
         here = dataclasses.replace(self, place=(i, layers, self.capacity))
@@ -103,8 +108,14 @@ class PyramidKV(CacheScorer):
 
     def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
         b, g, n = kv.pos.shape
-        most = min(self.capacity if self.place is None else self.place[2], n)
+        most = min(self.average, n)
         if keep is not None:
             keep = self.share(budget.per_head(keep, (b, g), most), n)
         safe = self.protect.mask(kv.pos, kv.seen)
         return top_slots(kv, self.score(params, kv, evidence), safe, int(self.share(most, n)), keep)
+
+    def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
+        if keep is None and self.average >= kv.pos.shape[-1]:  # the base asks this layer's own capacity, but short caches are uniform
+            return kv, evidence
+        plan = self.plan(params, kv, evidence, keep)
+        return reduce.reduce_kv(plan, kv), reduce.move(plan, evidence)

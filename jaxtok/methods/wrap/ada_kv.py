@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.core import budget, check, select
 from jaxtok.core.protocols import CacheCompressor, CacheScorer
 from jaxtok.core.registry import register
-from jaxtok.core.types import KV, Evidence, Needs, Plan
+from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
 
 
 @register("ada_kv", paper="arXiv:2407.11550", site="cache")
@@ -61,9 +61,11 @@ class AdaKV(CacheCompressor):
 
     @property
     def slots(self) -> int:
-        """Static slots of each head."""
-        even = self.alpha == 1 and self.variant != "official"
-        return self.capacity if even else math.ceil(Fraction(str(self.slack)) * self.capacity)
+        return self._room(self.base.slots)
+
+    def _room(self, slots: int) -> int:
+        """Static slots of each head where `base` has `slots`; heads of equal budgets need no slack."""
+        return slots if self.alpha == 1 else math.ceil(Fraction(str(self.slack)) * slots)
 
     @property
     def needs(self) -> Needs:
@@ -80,17 +82,17 @@ class AdaKV(CacheCompressor):
         return base if i < self.skip else dataclasses.replace(self, base=base)
 
     def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
-        n = kv.pos.shape[-1]
         score = select.finite(self.base.score(params, kv, evidence))
         live, safe = kv.pos >= 0, self.base.protect.mask(kv.pos, kv.seen)
-        budgets = budget.per_head(keep, kv.pos.shape[:2], min(self.capacity, n))
-        mask = select.choose(score, live, self.heads(score, live, safe, budgets), safe)
-        return select.pack(mask, self.slots, jnp.where(safe, jnp.inf, score))
+        even = self.base.plan(params, kv, evidence, keep)  # asked for its budgets, which may be its own affair (a pyramid)
+        kept, slots = live_count(even.index), even.index.shape[-1]
+        mask = select.choose(score, live, self.heads(score, live, safe, kept, slots), safe)
+        return select.pack(mask, self._room(slots), jnp.where(safe, jnp.inf, score))
 
     def heads(
-        self, score: Float[Array, "b g s"], live: Bool[Array, "b g s"], safe: Bool[Array, "b g s"], keep: Int[Array, "b g"]
+        self, score: Float[Array, "b g s"], live: Bool[Array, "b g s"], safe: Bool[Array, "b g s"], keep: Int[Array, "b g"], most: int
     ) -> Int[Array, "b g"]:
-        """How many unprotected slots each head keeps."""
+        """How many unprotected slots each head keeps where `base` keeps `keep` <= `most` of all."""
         free = live & ~safe
         taken, there = jnp.sum(safe, -1, dtype=jnp.int32), jnp.sum(free, -1, dtype=jnp.int32)
         room = jnp.clip(keep - taken, 0, there)  # what the base would keep
@@ -106,16 +108,16 @@ class AdaKV(CacheCompressor):
         if self.variant == "kvpress":
             least = jnp.clip(keep * p // q - taken, 0, room)
             first = select.choose(score, free, least)
-            return least + self._picks(joint, free & ~first, total - jnp.sum(least, -1, dtype=jnp.int32))
-        picks = self._picks(joint, free, total)
+            return least + _picks(joint, free & ~first, total - jnp.sum(least, -1, dtype=jnp.int32), most)
+        picks = _picks(joint, free, total, most)
         if self.variant == "official":
             even = jnp.round(picks.astype(jnp.float32) * (1 - self.alpha) + (room * p // q).astype(jnp.float32))
             return jnp.clip(even.astype(jnp.int32), 0, there)
         return budget.apportion((q - p) * picks + p * room, q)
 
-    def _picks(self, score, candidate, total):
-        """i32 [b g]: how many of the `total` [b] highest scores of all heads lie in each."""
-        b, g, n = score.shape
-        most = g * min(self.capacity, n)
-        top = select.choose(score.reshape(b, g * n), candidate.reshape(b, g * n), total, most=most)
-        return jnp.sum(top.reshape(b, g, n), -1, dtype=jnp.int32)
+
+def _picks(score, candidate, total, most: int):
+    """i32 [b g]: how many of the `total` [b] highest candidates of all heads lie in each; at most `most` a head on average."""
+    b, g, n = score.shape
+    top = select.choose(score.reshape(b, g * n), candidate.reshape(b, g * n), total, most=g * most)
+    return jnp.sum(top.reshape(b, g, n), -1, dtype=jnp.int32)

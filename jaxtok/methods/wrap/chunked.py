@@ -44,6 +44,10 @@ class Chunked(CacheCompressor):
         return self.base.capacity
 
     @property
+    def slots(self) -> int:
+        return self.base.slots
+
+    @property
     def needs(self) -> Needs:
         return self.base.needs
 
@@ -58,20 +62,20 @@ class Chunked(CacheCompressor):
 
     def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
         n = kv.pos.shape[-1]
-        size, cap = min(self.chunk, n), min(self.capacity, n)
+        size = min(self.chunk, n)
         if size * n >= 2**31:
             raise ValueError(f"chunks of {size} in a cache of {n} slots overflow int32 in the shares; take chunk <= {2**31 // n - 1}")
         live, safe = kv.pos >= 0, self.base.protect.mask(kv.pos, kv.seen)
         free = live & ~safe
         part = jnp.where(live, ranks(kv.pos) // size, -1)
         score = select.finite(self.scores(params, kv, evidence, size))
-        room = budget.per_head(keep, kv.pos.shape[:2], cap) - jnp.sum(safe, -1, dtype=jnp.int32)
+        whole = self.base.plan(params, kv, evidence, keep)  # asked for its budgets, which may be its own affair (a pyramid)
         there = jnp.sum(free, -1, dtype=jnp.int32)
-        room = jnp.clip(room, 0, there)
+        room = jnp.clip(live_count(whole.index) - jnp.sum(safe, -1, dtype=jnp.int32), 0, there)
         members = segment_sum(free, part, -(-n // size)).astype(jnp.int32)
         share = gather(budget.apportion(members * room[..., None], there), part)
         rank = segments.rank(jnp.where(free, score, -jnp.inf), part)
-        return select.pack(safe | (free & (rank < share)), cap, jnp.where(safe, jnp.inf, score))
+        return select.pack(safe | (free & (rank < share)), whole.index.shape[-1], jnp.where(safe, jnp.inf, score))
 
     def scores(self, params, kv: KV, evidence: Evidence, size: int) -> Float[Array, "b g s"]:
         """`base`'s scores of each chunk of `size` live slots, put back to the slots."""

@@ -49,12 +49,13 @@ class PerLayer(CacheCompressor):
 
     @property
     def capacity(self) -> int:  # type: ignore[override]
-        """Of the largest layer."""
-        return max(self.table)
+        """Of the average layer, round half up."""
+        return (2 * sum(self.table) + len(self.table)) // (2 * len(self.table))
 
     @property
     def slots(self) -> int:
-        return self.base.resize(self.capacity).slots
+        """Of the largest layer."""
+        return self.base.resize(max(self.table)).slots
 
     @property
     def needs(self) -> Needs:

@@ -1,0 +1,218 @@
+"""Small caches for the methods' own tests, and what every scorer and every step policy is asked there.
+
+The references (`softmax_rows`, `top`) are numpy in float64 and share nothing with the package.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtok.core.protocols import vacate
+from jaxtok.core.reduce import gather, grow_kv, reduce_kv
+from jaxtok.core.types import KV, Evidence
+from jaxtok.ops.attention import attention
+from jaxtok.ops.evidence import received, rows
+
+B, H, G, N, D = 2, 4, 2, 24, 8
+LIVE = (24, 17)
+
+
+def cache(k, v, live=None, dtype=jnp.float32) -> KV:
+    """A cache [b g n d] whose last live[i] rows of sequence i are alive."""
+    b, g, n, _ = k.shape
+    live = np.full(b, n) if live is None else np.asarray(live)
+    pos = np.maximum(np.arange(n)[None] - (n - live)[:, None], -1).astype(np.int32)
+    zero = jnp.zeros((b,), jnp.int32)
+    return KV(
+        k=jnp.asarray(k, dtype),
+        v=jnp.asarray(v, dtype),
+        pos=jnp.asarray(np.repeat(pos[:, None], g, 1)),
+        bias=jnp.zeros((b, g, n), jnp.float32),
+        seen=jnp.asarray(live, jnp.int32),
+        delta=zero,
+        cursor=jnp.full((), n, jnp.int32),
+        lost=jnp.zeros((b, g), jnp.int32),
+    )
+
+
+def problem(seed=0, live=LIVE, h=H, g=G, n=N, d=D, junk=0.0) -> tuple[np.ndarray, KV]:
+    """(queries f32 [b h n d], cache) of random numbers, with `junk` in the dead rows."""
+    rng, b = np.random.default_rng(seed), len(live)
+    q, k, v = (rng.normal(size=(b, e, n, d)).astype(np.float32) * s for e, s in ((h, 2.0), (g, 2.0), (g, 1.0)))
+    dead = (np.arange(n)[None] < n - np.asarray(live)[:, None])[:, None, :, None]
+    q, k, v = (np.where(dead, np.float32(junk), x) for x in (q, k, v))
+    return q, cache(k, v, live)
+
+
+@functools.partial(jax.jit, static_argnames="w")
+def look(q, kv: KV, w: int) -> Evidence:
+    """The model's attention evidence of a prefill."""
+    see: dict[str, Any] = dict(q_pos=kv.pos[:, 0], k_pos=kv.pos)
+    q = q.astype(kv.k.dtype)
+    _, lse = attention(q, kv.k, kv.v, **see)
+    last = rows(q[:, :, -w:], kv.k, lse[:, :, -w:], q_pos=kv.pos[:, 0, -w:], k_pos=kv.pos)
+    return Evidence(rows=last, received=received(q, kv.k, lse, **see))
+
+
+def softmax_rows(q, k, pos, scale=None) -> np.ndarray:
+    """f64 [b h n n]: causal attention in numpy, key heads repeated h/g times; dead rows and columns are 0."""
+    q, k = np.asarray(q, np.float64), np.repeat(np.asarray(k, np.float64), q.shape[1] // k.shape[1], 1)
+    pos = np.asarray(pos)[:, 0]
+    logit = np.einsum("bhid,bhjd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    see = (pos[:, None, :] >= 0) & (pos[:, :, None] >= pos[:, None, :])
+    logit = np.where(see[:, None], logit, -np.inf)
+    e = np.exp(logit - logit.max(-1, keepdims=True, initial=-1e30))
+    return e / np.maximum(e.sum(-1, keepdims=True), 1e-300)
+
+
+def top(score, pos, keep, protect=lambda p, seen: False) -> list[list[set]]:
+    """Positions kept of each (sequence, head): the protected ones and the best others, `keep` in all; plain Python."""
+    out = []
+    for s, p in zip(np.asarray(score), np.asarray(pos), strict=True):
+        out.append([])
+        for scores, places in zip(s, p, strict=True):
+            seen = places.max() + 1
+            safe = {int(x) for x in places if x >= 0 and protect(x, seen)}
+            rest = sorted((-scores[j], int(x)) for j, x in enumerate(places) if x >= 0 and int(x) not in safe)
+            out[-1].append(safe | {x for _, x in rest[: max(keep - len(safe), 0)]})
+    return out
+
+
+def kept(kv: KV) -> list[list[set]]:
+    return [[{int(x) for x in head if x >= 0} for head in row] for row in np.asarray(kv.pos)]
+
+
+@functools.cache
+def program(method):
+    return jax.jit(lambda kv, evidence, keep: method.compress({}, kv, evidence, keep)[0])
+
+
+@functools.cache
+def scorer(method):
+    return jax.jit(lambda kv, evidence: method.score({}, kv, evidence))
+
+
+def run(method, kv: KV, evidence: Evidence, keep=None) -> KV:
+    return program(method)(kv, evidence, keep)
+
+
+def check_scorer(make, evidence, *, protected) -> None:
+    """What is asked of every scorer: `make(capacity)`, `evidence(q, kv)`, `protected(pos, seen)`: the positions that must stay."""
+    q, kv = problem()
+    method, seen = make(10), evidence(q, kv)
+    out = run(method, kv, seen)
+    assert out.k.shape == (B, G, 10, D)
+    for row, live in zip(kept(out), LIVE, strict=True):
+        safe = {p for p in range(live) if protected(p, live)}
+        assert all(len(head) == min(10, live) and safe <= head for head in row)
+    assert (np.diff(np.asarray(out.pos), axis=-1) > 0).all()
+    at = np.asarray(out.pos) + (N - np.asarray(LIVE))[:, None, None]
+    np.testing.assert_array_equal(out.k, np.take_along_axis(np.asarray(kv.k), at[..., None], 2))
+
+    # a traced budget under the capacity is the smaller capacity
+    small = run(method, kv, seen, jnp.full((B,), 7, jnp.int32))
+    assert small.k.shape[2] == 10 and kept(small) == kept(run(make(7), kv, seen))
+    # a budget that covers the cache is decided statically
+    assert make(N).compress({}, kv, seen)[0] is kv
+    # junk in dead slots changes nothing, nor do the other rows
+    loud, dirty = problem(junk=1e4)
+    assert kept(run(method, dirty, evidence(loud, dirty))) == kept(out)
+    (other, stranger), first = problem(9), jnp.array([True, False])
+    mixed = jax.tree.map(lambda x, y: jnp.where(first.reshape((2,) + (1,) * (x.ndim - 1)), x, y) if x.ndim else x, stranger, kv)
+    assert kept(run(method, mixed, evidence(np.concatenate([other[:1], q[1:]]), mixed)))[1] == kept(out)[1]
+    # bf16 numbers, float32 scores
+    half = kv._replace(k=kv.k.astype(jnp.bfloat16), v=kv.v.astype(jnp.bfloat16))
+    wide = half._replace(k=half.k.astype(jnp.float32), v=half.v.astype(jnp.float32))
+    score = scorer(method)(half, seen)
+    assert score.dtype == jnp.float32
+    np.testing.assert_array_equal(score, scorer(method)(wide, seen))
+    # nothing live: nothing kept, no NaN
+    empty = run(method, kv._replace(pos=jnp.full_like(kv.pos, -1), seen=jnp.zeros_like(kv.seen)), seen)
+    assert (np.asarray(empty.pos) < 0).all() and np.isfinite(np.asarray(empty.k)).all()
+
+
+# --- step policies ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _start(policy):
+    def start(kv, evidence, keep):
+        state = policy.start({}, kv, evidence)
+        plan = policy.fit({}, state, kv, evidence, keep)
+        kv = grow_kv(reduce_kv(plan, kv), policy.capacity + 1)
+        move = lambda x: jnp.pad(gather(x, plan.index), ((0, 0), (0, 0), (0, policy.capacity + 1 - plan.index.shape[-1])))
+        return kv._replace(cursor=jnp.full((), policy.capacity, jnp.int32)), type(state)(jax.tree.map(move, state.slots), state.rest)
+
+    return jax.jit(start)
+
+
+@functools.cache
+def _step(policy):
+    def step(kv, state, q, k, v, keep):
+        at, pos = policy.capacity, kv.seen
+        kv = kv._replace(
+            k=kv.k.at[:, :, at].set(k),
+            v=kv.v.at[:, :, at].set(v),
+            pos=kv.pos.at[:, :, at].set(pos[:, None]),
+            bias=kv.bias.at[:, :, at].set(0),
+            seen=kv.seen + 1,
+        )
+        see: dict[str, Any] = dict(q_pos=pos[:, None], k_pos=kv.pos)
+        out, lse = attention(q[:, :, None], kv.k, kv.v, **see)
+        row = rows(q[:, :, None], kv.k, lse, **see)
+        state = policy.observe({}, state, kv, Evidence(rows=row, received=row[:, :, 0]))
+        kv, state, _ = vacate(policy, {}, state, kv, keep)
+        return kv, state, out, row
+
+    return jax.jit(step)
+
+
+def drive(policy, q, k, v, live, prefill, keep=None, dtype=jnp.float32):
+    """Prefill with the first rows of q, k, v [b e T d] (left-padded to `prefill`, live[i] of them alive), then a step for each other
+    row. Yields (kv, state, attention output, attention row) after the prefill (without the last two) and after every step."""
+    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    kv = cache(k[:, :, :prefill], v[:, :, :prefill], live, dtype)
+    kv, state = _start(policy)(kv, look(q[:, :, :prefill], kv, 1), keep)
+    yield kv, state, None, None
+    for t in range(prefill, q.shape[2]):
+        kv, state, out, row = _step(policy)(kv, state, q[:, :, t], k[:, :, t], v[:, :, t], keep)
+        yield kv, state, out, row
+
+
+def check_policy(make, *, protected) -> None:
+    """What is asked of every step policy: `make(capacity)`, `protected(pos, seen)`: the positions that must stay."""
+    rng, steps = np.random.default_rng(3), 18
+    q, k, v = (rng.normal(size=(B, e, N + steps, D)).astype(np.float32) * 2 for e in (H, G, G))
+    sets = {}
+    for name, junk, keep, dtype in (
+        ("plain", 0.0, None, jnp.float32),
+        ("junk", 1e4, None, jnp.float32),
+        ("small", 0.0, jnp.full((B,), 6, jnp.int32), jnp.float32),
+        ("bf16", 0.0, None, jnp.bfloat16),
+    ):
+        dead = (np.arange(N + steps)[None] < N - np.asarray(LIVE)[:, None])[:, None, :, None]
+        trace = drive(make(8), *(np.where(dead, np.float32(junk), x) for x in (q, k, v)), LIVE, N, keep, dtype)
+        sets[name], last = [], None
+        for t, (kv, state, _, _) in enumerate(trace):
+            sets[name].append(kept(kv))
+            assert kv.k.dtype == dtype and all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))
+            assert (np.asarray(kv.pos)[:, :, 8] < 0).all() and int(kv.cursor) == 8
+            for row, live in zip(kept(kv), LIVE, strict=True):
+                safe = {p for p in range(live + t) if protected(p, live + t)}
+                for head in row:
+                    assert len(head) == (6 if name == "small" else 8) and max(head) < live + t
+                    assert name == "small" or safe <= head
+                    assert last is None or len(last) > 0
+            last = sets[name][-1]
+    assert sets["plain"] == sets["junk"]
+    small = [kept(kv) for kv, *_ in drive(make(6), q, k, v, LIVE, N)]
+    assert small == sets["small"], "a traced budget under the capacity is the smaller capacity"
+    # a capacity that is never reached keeps everything
+    *_, (kv, *_) = drive(make(N + steps), q, k, v, LIVE, N)
+    assert kept(kv) == [[set(range(live + steps))] * G for live in LIVE]
+    # a policy survives as a static argument
+    assert hash(make(8)) == hash(dataclasses.replace(make(8)))
