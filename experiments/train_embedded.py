@@ -39,7 +39,8 @@ from jaxtok.train.loop import fit
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHARS = "\n" + "".join(map(chr, range(32, 127)))  # ids 1..96; 0 = U+FFFD stands for every other character
-TEXT, FORM, ANSWER = 0.1, 0.02, 1.0  # weights of the loss: of running text, of keys and wording, of answers
+# Weights of the loss: running text, keys and wording, answers and their first digits, which alone need the key to be matched.
+TEXT, FORM, ANSWER, FIRST = 0.1, 0.02, 1.0, 3.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,15 +52,17 @@ class Stage:
     batch: int
     pairs: tuple[int, int]
     kinds: tuple[float, float, float]  # stream of recurring pairs, facts in text, list of pairs
+    joint: float = 0.0  # share of questions that ask several keys at once (with it, facts of one key too): only once pairs are matched
     jump: int = 0  # positions jump by up to this, once to thrice in a row
 
 
 CURRICULUM = (
-    Stage(steps=600, length=128, batch=32, pairs=(2, 8), kinds=(0.7, 0.15, 0.15)),
-    Stage(steps=700, length=256, batch=16, pairs=(6, 16), kinds=(0.3, 0.4, 0.3), jump=512),
-    Stage(steps=450, length=512, batch=8, pairs=(12, 40), kinds=(0.15, 0.5, 0.35), jump=1500),
-    Stage(steps=350, length=1024, batch=4, pairs=(20, 80), kinds=(0.1, 0.5, 0.4), jump=1500),
-    Stage(steps=120, length=4096, batch=1, pairs=(40, 300), kinds=(0.0, 0.5, 0.5)),
+    Stage(steps=650, length=128, batch=32, pairs=(2, 8), kinds=(0.7, 0.15, 0.15)),
+    Stage(steps=550, length=256, batch=16, pairs=(6, 20), kinds=(0.25, 0.4, 0.35), joint=0.3, jump=512),
+    Stage(steps=450, length=512, batch=8, pairs=(12, 42), kinds=(0.15, 0.45, 0.4), joint=0.4, jump=1500),
+    Stage(steps=300, length=1024, batch=4, pairs=(20, 85), kinds=(0.1, 0.45, 0.45), joint=0.4, jump=1500),
+    Stage(steps=150, length=2048, batch=2, pairs=(40, 170), kinds=(0.0, 0.5, 0.5), joint=0.3, jump=1000),
+    Stage(steps=150, length=4096, batch=1, pairs=(150, 341), kinds=(0.0, 0.4, 0.6), joint=0.3),
 )
 BIG = Config(family="qwen3", vocab=97, width=128, layers=3, heads=4, kv_heads=2, head_dim=32, hidden=256, context=4096, norm_eps=1e-6,
              rope_theta=1e6, qk_norm=True)  # fmt: skip
@@ -114,6 +117,11 @@ SHORT = wording.TEMPLATES["short"]
 Row = list[tuple[str, float]]  # pieces of text, each with the weight of its loss
 
 
+def told(value: str) -> Row:
+    """An answer that the row determines."""
+    return [(value[0], FIRST), (value[1:], ANSWER)]
+
+
 def pairs_of(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
     """n different training keys with a value each; at times two keys differ in one letter."""
     keys = wording.word_keys(rng, n, "train")
@@ -134,66 +142,65 @@ def stream(rng: np.random.Generator, length: int, n: int) -> Row:
         fresh = used < n and (used == 0 or rng.random() > 0.4)
         key, value = pool[used if fresh else int(rng.integers(used))]
         used += fresh
-        out += [(key + "=", FORM), (value, 0.0 if fresh else ANSWER), (end, FORM)]
+        out += [(key + "=", FORM), *([(value, 0.0)] if fresh else told(value)), (end, FORM)]
         size += len(key) + 4 + len(end)
     return out
 
 
-def questions(rng: np.random.Generator, pairs: list[tuple[str, str]], most: int) -> Row:
-    """Up to `most` questions, each with its answer; at times a joint one (of two to four keys) comes last."""
-    asked = [pairs[i] for i in rng.permutation(len(pairs))[:most]]
-    joint: list[tuple[str, str]] = []
-    if len(asked) > 1 and rng.random() < 0.4:
-        n = int(rng.integers(2, 5))
-        joint, asked = asked[:n], asked[n:]
-        seen = dict.fromkeys(k for k, _ in joint)
-        if len(seen) < len(joint) or rng.random() < 0.3:  # all the values of one key
-            joint = [p for p in pairs if p[0] == joint[0][0]]
-            rng.shuffle(joint)
-    out: Row = []
-    for key, value in asked:
-        out += [(SHORT.ask([key], False), FORM), (value, ANSWER)]
-    if len(joint) > 1:
-        keys, values = zip(*joint, strict=True)
-        out += [(SHORT.ask(keys, False), FORM), (values[0], ANSWER)]
-        for i in range(1, len(keys)):
-            out += [(f" ({'abcdefgh'[i]}) {keys[i]}=", 0.5), (values[i], ANSWER)]
+def joint(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> Row:
+    """One question for all of the pairs."""
+    keys, values = zip(*pairs, strict=True)
+    double = len(set(keys)) == 1  # the values of one key: which comes first is anyone's guess
+    out: Row = [(SHORT.ask(keys, double), FORM), *([(values[0], 0.3)] if double else told(values[0]))]
+    for i in range(1, len(keys)):
+        # the last of the values of one key is certain again, those between are not
+        out += [(f" ({'abcdefgh'[i]}) {keys[i]}=", ANSWER), *([(values[i], 0.3)] if double and i < len(keys) - 1 else told(values[i]))]
     return out
 
 
-def facts(rng: np.random.Generator, length: int, n: int, most: int) -> Row:
-    """n facts in text, then questions. One key in three rows has two or three values."""
+def questions(rng: np.random.Generator, pairs: list[tuple[str, str]], most: int, share: float) -> Row:
+    """Up to `most` pairs are asked, each by itself or (a `share` of the questions) two to four at once."""
+    asked = [pairs[i] for i in rng.permutation(len(pairs))[:most]]
+    out: Row = []
+    while asked:
+        n = int(rng.integers(2, 5)) if len(asked) > 1 and rng.random() < share else 1
+        group, asked = asked[:n], asked[n:]
+        out += joint(rng, group) if len(group) > 1 else [(SHORT.ask([group[0][0]], False), FORM), *told(group[0][1])]
+    return out
+
+
+def facts(rng: np.random.Generator, length: int, n: int, most: int, share: float) -> Row:
+    """n facts in text, then questions. In a `share` of the rows one key has two or three values."""
     pairs = pairs_of(rng, n)
-    if n > 3 and rng.random() < 0.33:
+    if n > 3 and rng.random() < share:
         for i in range(1, int(rng.integers(2, 4))):
             pairs[i] = (pairs[0][0], pairs[i][1])
     unique = [p for p in pairs if sum(p[0] == k for k, _ in pairs) == 1]
     double = [p for p in pairs if p not in unique]
-    tail = questions(rng, unique, most) if unique else []
+    tail = questions(rng, unique, most, share) if unique else []
     if double:
         rng.shuffle(double)
-        keys, values = zip(*double, strict=True)
-        tail += [(SHORT.ask(keys, False), FORM), (values[0], 0.3)]  # which comes first is anyone's guess
-        for i in range(1, len(keys)):
-            tail += [(f" ({'abcdefgh'[i]}) {keys[i]}=", 0.5), (values[i], ANSWER if i == len(keys) - 1 else 0.5)]
-    told = [SHORT.fact(*p) for p in pairs]
-    room = length + 1 - sum(len(t) for t, _ in tail) - sum(map(len, told))
+        tail += joint(rng, double)
+    sentences = [SHORT.fact(*p) for p in pairs]
+    room = length + 1 - sum(len(t) for t, _ in tail) - sum(map(len, sentences))
     if room < n + 8:
-        return facts(rng, length, max(1, n // 2), max(1, most // 2))
+        return facts(rng, length, max(1, n // 2), max(1, most // 2), share)
     text, last, out = excerpt(rng, room), 0, []
-    for cut, fact in zip(np.sort(rng.integers(0, room, n)).tolist(), rng.permutation(told).tolist(), strict=True):
+    for cut, fact in zip(np.sort(rng.integers(0, room, n)).tolist(), rng.permutation(sentences).tolist(), strict=True):
         cut = max(last, text.rfind(" ", last, cut))
         out += [(text[last:cut], TEXT), (fact, FORM)]
         last = cut
     return [*out, (text[last:], TEXT), *tail]
 
 
-def listing(rng: np.random.Generator, length: int, n: int, most: int) -> Row:
+def listing(rng: np.random.Generator, length: int, n: int, most: int, share: float) -> Row:
     """A list of n pairs (text before it where there is room), then questions."""
     pairs = pairs_of(rng, n)
-    tail = questions(rng, pairs, most)
+    tail = questions(rng, pairs, most, share)
     body = "".join(SHORT.row(*p) for p in pairs)
     room = length + 1 - sum(len(t) for t, _ in tail) - len(body)
+    if room < 0:
+        return listing(rng, length, max(2, int(0.85 * n)), max(2, most - 1), share)
     head = [(excerpt(rng, room - 1) + "\n", TEXT)] if room > 1 else []
     return [*head, (body, FORM), *tail]
 
@@ -205,12 +212,13 @@ def batch_of(stage: Stage, seed: int, step: int, done: float) -> dict[str, np.nd
     top = stage.pairs[0] + (stage.pairs[1] - stage.pairs[0]) * min(1.0, done / 0.8)
     ids, weight = np.ones((b, n + 1), np.int32), np.zeros((b, n + 1), np.float32)
     for i, kind in enumerate(rng.choice(3, b, p=stage.kinds)):
+        most = int(rng.integers(3, 5 + n // 48))
         if kind == 0:
             row = stream(rng, n, int(rng.integers(2, round(top) + 1)))
         elif kind == 1:
-            row = facts(rng, n, int(rng.integers(1, max(2, min(round(top), n // 24)) + 1)), max(4, n // 32))
+            row = facts(rng, n, int(rng.integers(1, max(2, min(round(top), n // 24)) + 1)), most, stage.joint)
         else:
-            row = listing(rng, n, int(rng.integers(2, max(3, min(round(top), n // 12)) + 1)), max(4, n // 32))
+            row = listing(rng, n, int(rng.integers(2, max(3, min(round(top), n // 12)) + 1)), most, stage.joint)
         text = encode("".join(t for t, _ in row))
         cost = np.repeat(np.array([w for _, w in row], np.float32), [len(t) for t, _ in row])
         # a stream starts at its first pair, the others end at their last answer
@@ -249,8 +257,8 @@ def make_loss(cfg: Config):
         nll = optax.softmax_cross_entropy_with_integer_labels(z, want)
         right = (jnp.argmax(z, -1) == want).astype(jnp.float32)
         mean = lambda x, mask: jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
-        answer, text = (weight == ANSWER).astype(jnp.float32), (jnp.abs(weight - TEXT) < 1e-6).astype(jnp.float32)
-        return mean(nll, weight), {"digits": mean(right, answer), "answer_nll": mean(nll, answer), "text_nll": mean(nll, text)}
+        first, rest, text = ((jnp.abs(weight - w) < 1e-6).astype(jnp.float32) for w in (FIRST, ANSWER, TEXT))
+        return mean(nll, weight), {"first": mean(right, first), "rest": mean(right, rest), "text_nll": mean(nll, text)}
 
     return loss_fn
 
@@ -337,18 +345,21 @@ class Args:
 def train(args: Args) -> None:
     name, cfg = ("draft", DRAFT) if args.draft else ("big", BIG)
     folder = args.out / name
-    steps = sum(s.steps for s in CURRICULUM)
+    stages = CURRICULUM[:4] if args.draft else CURRICULUM
+    steps = sum(s.steps for s in stages)
     rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, 100, steps, 0.03 * args.rate)
     matrices = lambda p: jax.tree.map(lambda x: x.ndim > 1 and min(x.shape[-2:]) > cfg.layers, p)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05, mask=matrices))
     # embeddings of std 0.7: with the usual small ones the first layers see characters too alike to match keys
     params = blocks.stack(blocks.init(cfg, jax.random.key(args.seed), embed_std=0.7))
+    # q and k are normed, so with weights 1 no logit exceeds sqrt(d), too little to single out one key of many
+    params["layers"] |= {name: 1.4 * params["layers"][name] for name in ("q_norm", "k_norm")}
     print(f"{name}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {steps} steps", flush=True)
-    ends = np.cumsum([s.steps for s in CURRICULUM])
+    ends = np.cumsum([s.steps for s in stages])
 
     def data(step: int) -> dict[str, np.ndarray]:
         i = int(np.searchsorted(ends, step, side="right"))
-        stage = CURRICULUM[i]
+        stage = stages[i]
         return batch_of(stage, args.seed, step, (step - (ends[i] - stage.steps)) / stage.steps)
 
     def on_log(line: dict[str, float]) -> None:
@@ -365,7 +376,7 @@ def train(args: Args) -> None:
         print(f"after {end}:", evaluate(cfg, trained, (256, 512, 1024), 48), f"{time.time() - start:.0f} s", flush=True)
     metrics = folder / "metrics.jsonl"
     metrics.write_bytes((folder / "checkpoints" / "metrics.jsonl").read_bytes())
-    figures.curves(metrics, folder / "curves.png", ("loss", "digits", "text_nll"), smooth=15)
+    figures.curves(metrics, folder / "curves.png", ("loss", "first", "rest", "text_nll"), smooth=15)
     where = args.models / ("embedded_draft" if args.draft else "embedded")
     load.save(where, cfg, trained, tokenizer())
     print(f"wrote {where}", flush=True)

@@ -3,6 +3,9 @@
 import os
 import pathlib
 
+# Tests compile far more than they compute: skip the expensive passes of the CPU compiler. Set XLA_FLAGS to override.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+
 import jax
 import pytest
 

@@ -22,7 +22,6 @@ def dense(plan: Plan | DensePlan) -> DensePlan:
     """The same map as a matrix [*B m n]; n * m memory."""
     if isinstance(plan, DensePlan):
         return plan
-    m = plan.index.shape[-1]
     shape = (*plan.index.shape, plan.assign.shape[-1])
     row = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
     hit = (plan.assign[..., None, :] == row) & (plan.index >= 0)[..., None]

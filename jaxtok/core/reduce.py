@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jaxtok.core.types import KV, DensePlan, Evidence, Plan, Tokens
 
@@ -171,15 +171,3 @@ def ranks(pos: Int[Array, "*B s"]) -> Int[Array, "*B s"]:
     order = jnp.argsort(pos, axis=-1)
     rank = jnp.argsort(order, axis=-1).astype(jnp.int32) - jnp.sum(pos < 0, -1, dtype=jnp.int32, keepdims=True)
     return jnp.where(pos >= 0, rank, 0)
-
-
-def turn(x: Float[Array, "b e n d"], ids: Int[Array, "b e n"], freqs: Float[Array, " r"]) -> Float[Array, "b e n d"]:
-    """Rotate channel pairs (i, i + r) of the first 2r channels by ids * freqs, half-split convention; negative ids turn back.
-
-    R(a) R(b) = R(a + b), so a stored key moves from id p to p' by `turn(k, p' - p, freqs)`.
-    """
-    r = freqs.shape[0]
-    angle = ids.astype(jnp.float32)[..., None] * freqs[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b, rest = x[..., :r].astype(jnp.float32), x[..., r : 2 * r].astype(jnp.float32), x[..., 2 * r :]
-    return jnp.concatenate([(a * cos - b * sin).astype(x.dtype), (b * cos + a * sin).astype(x.dtype), rest], -1)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtok.core.rotary import rotate_by
 from jaxtok.models.config import Config
 from jaxtok.ops.attention import attention
 
@@ -57,34 +58,6 @@ def frequencies(cfg: Config, layer: int) -> np.ndarray:
     out = freq.astype(np.float32)
     out.flags.writeable = False  # it is cached: nobody may change it
     return out
-
-
-def rotate_by(
-    x: Float[Array, "b e n d"], ids: Int[Array, "*i"], freq: Float[Array | np.ndarray, " r"], axes: Sequence[int] | None = None
-) -> Float[Array, "b e n d"]:
-    """Rotate channel i against channel i + r (half-split convention) of each head by ids * freq[i]; channels from 2r on pass.
-
-    `ids` are rotary ids [b n], or [b n a] (a rotary axes), or [b e n a] when heads differ. `axes` names for each of the r
-    frequencies the rotary axis it follows (M-RoPE); None = axis 0, which needs a = 1. Negative ids (dead rows) are harmless.
-    Computed in float32. rotate_by(., -ids) undoes it, and rotations add: re-placing a key from i to j is ids = j - i.
-    """
-    r = freq.shape[0]
-    if ids.ndim == 2:
-        ids = ids[..., None]
-    if ids.ndim == 3:
-        ids = ids[:, None]
-    a = ids.shape[-1]
-    if axes is None and a != 1:
-        raise ValueError(f"ids have {a} rotary axes; name the axis of each of the {r} frequencies with axes=")
-    if axes is not None and (len(axes) != r or min(axes) < 0 or max(axes) >= a):
-        raise ValueError(f"axes has {len(axes)} entries in {min(axes)}..{max(axes)}; need {r} entries, each in 0..{a - 1}")
-    place = ids if axes is None else ids[..., np.asarray(axes)]
-    angle = place.astype(jnp.float32) * jnp.asarray(freq)[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    y = x[..., : 2 * r].astype(jnp.float32)
-    lo, hi = y[..., :r], y[..., r:]
-    y = jnp.concatenate([lo * cos - hi * sin, hi * cos + lo * sin], axis=-1).astype(x.dtype)
-    return y if 2 * r == x.shape[-1] else jnp.concatenate([y, x[..., 2 * r :]], axis=-1)
 
 
 def rotate(

@@ -13,13 +13,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core.protocols import Held, vacate
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.reduce import gather, grow_kv, move, ranks, reduce, reduce_kv, turn
+from jaxtok.core.reduce import gather, grow_kv, move, reduce, reduce_kv
+from jaxtok.core.rotary import rotate_by, turn
 from jaxtok.core.score import moments
 from jaxtok.core.select import pack
 from jaxtok.core.types import KV, Evidence, Needs, Part, Tokens
 from jaxtok.models import blocks
 from jaxtok.models.config import Config
 from jaxtok.ops.attention import attention
+from jaxtok.ops.cache import append, block_slots, place, scatter
 from jaxtok.ops.evidence import received, rows
 
 Layers = tuple[tuple[Part, ...], ...]
@@ -146,7 +148,7 @@ def _attend_rows(cfg, p, i, tokens, layers, recipe, needs, proportional, key, im
     bias = jnp.broadcast_to((jnp.log(size) if proportional else jnp.zeros_like(size))[:, None], (b, g, n))
     if layers is None:
         past, pos = None, tokens.pos
-        turned_q, turned_k = (blocks.rotate_by(x, tokens.rope, freqs) for x in (q, k))
+        turned_q, turned_k = (rotate_by(x, tokens.rope, freqs) for x in (q, k))
         kv = KV(
             k=k if raw else turned_k,
             v=v,
@@ -162,7 +164,7 @@ def _attend_rows(cfg, p, i, tokens, layers, recipe, needs, proportional, key, im
         past = layers[i][0].kv
         pos = jnp.where(live, tokens.pos + past.seen[:, None], -1)
         shift = (past.seen + past.delta)[:, None, None]
-        turned_q, turned_k = (blocks.rotate_by(x, tokens.rope + shift, freqs) for x in (q, k))
+        turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs) for x in (q, k))
         grown = grow_kv(past, past.k.shape[2] + n)
         kv = append(grown, k if raw else turned_k, v, pos, bias)
         kv = kv._replace(seen=past.seen + tokens.seen, delta=past.delta + tokens.delta)
@@ -254,42 +256,6 @@ def _move_slots(plan, slots):
     return jax.tree.map(lambda x: gather(x, plan.index), slots)
 
 
-def append(kv: KV, k: Float[Array, "b g t d"], v: Array, pos: Int[Array, "b t"], bias: Float[Array, "b g t"]) -> KV:
-    """Write t rows at the cursor; rows that find no slot are counted in `lost`. `seen` is the caller's to move."""
-    t, slots = k.shape[2], kv.k.shape[2]
-    if t > slots:
-        raise ValueError(f"{t} rows cannot be appended to a cache of {slots} slots; prefill with more room (new=)")
-    at = jnp.minimum(kv.cursor, slots - t)
-    skip = kv.cursor - at  # the window [at, at + t) begins with `skip` slots that are taken already
-    room = jnp.arange(t, dtype=jnp.int32) >= skip
-
-    def write(old, rows):
-        rows = rows.astype(old.dtype)
-        if t > 1:
-            rows = jnp.roll(rows, skip, 2)
-        here = jax.lax.dynamic_slice_in_dim(old, at, t, 2)
-        fit = room.reshape((1, 1, t) + (1,) * (old.ndim - 3))
-        return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fit, rows, here), at, 2)
-
-    full = jnp.broadcast_to(pos[:, None], (*kv.pos.shape[:2], t))
-    gone = jnp.sum((pos >= 0) & (jnp.arange(t) >= t - skip)[None], -1, dtype=jnp.int32)
-    return kv._replace(
-        k=write(kv.k, k),
-        v=write(kv.v, v),
-        pos=write(kv.pos, full),
-        bias=write(kv.bias, bias),
-        cursor=jnp.minimum(kv.cursor + t, slots),
-        lost=kv.lost + gone[:, None],
-    )
-
-
-def place(q: Float[Array, "b h t d"], kv: KV, first: Array, freqs: Array) -> tuple[Array, Array]:
-    """Raw keys and the queries of the rows at slots first, first + 1, ...: rotated at their rank among the live slots."""
-    rank = ranks(kv.pos)
-    own = jax.lax.dynamic_slice_in_dim(rank, first, q.shape[2], 2)
-    return turn(q, jnp.repeat(own, q.shape[1] // own.shape[1], 1), freqs), turn(kv.k, rank, freqs)
-
-
 def step(
     cfg: Config,
     params,
@@ -343,10 +309,10 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
     pos = jnp.where(live, kv.seen[:, None] + count - 1, -1)
     at, raw = kv.cursor, _raw(recipe)
     ids = jnp.maximum(pos, 0) + kv.delta[:, None]
-    stored = k if raw else blocks.rotate_by(k, ids, freqs)
+    stored = k if raw else rotate_by(k, ids, freqs)
     kv = append(kv, stored, v, pos, jnp.zeros(k.shape[:3], jnp.float32))
     kv = kv._replace(seen=kv.seen + count[:, -1])
-    turned, keys = place(q, kv, jnp.minimum(at, kv.k.shape[2] - q.shape[2]), freqs) if raw else (blocks.rotate_by(q, ids, freqs), kv.k)
+    turned, keys = place(q, kv, jnp.minimum(at, kv.k.shape[2] - q.shape[2]), freqs) if raw else (rotate_by(q, ids, freqs), kv.k)
     see = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
     values, slots = kv.v, None
     if reader is not None:
@@ -366,7 +332,7 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
         policy, own = policy.layer(i, cfg.layers), learned.get("policy", {})
         seen = _observe(policy.step_needs, turned, keys, lse, see)
         if slots is not None:
-            seen = {name: _scatter(x, slots, kv.pos.shape[-1]) for name, x in seen.items()}
+            seen = {name: scatter(x, slots, kv.pos.shape[-1]) for name, x in seen.items()}
         state = policy.observe(own, state, kv, Evidence(**seen, **_always(i, freqs, key)))
         budget = _budget(keep, "policy", i, cfg, kv.seen.shape[0])
         if not evict:
@@ -379,12 +345,6 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
         else:
             kv, state, reading = _refit(policy, own, reader, learned.get("reader", {}), i, kv, state, reading, Evidence(**seen), budget)
     return out, Part(kv, state, reading), carry
-
-
-def block_slots(index: Int[Array, "b g nb"], block: int) -> Int[Array, "b g m"]:
-    """The slots of the listed blocks of `block` slots; -1 for unused entries."""
-    slots = index[..., None] * block + jnp.arange(block, dtype=jnp.int32)[None, None, None]
-    return jnp.where(index[..., None] < 0, -1, slots).reshape(*index.shape[:2], -1)
 
 
 def _refit(policy, own, reader, reader_params, i, kv, state, reading, evidence, budget):
@@ -402,13 +362,3 @@ def _refit(policy, own, reader, reader_params, i, kv, state, reading, evidence, 
         return kv, moved, reading if reader is None else reader.start(reader_params, i, kv)
 
     return jax.lax.cond(kv.cursor >= policy.capacity + policy.every, fit, lambda *same: same, kv, state, reading)
-
-
-def _scatter(x: Float[Array, "b h *w m"], slots: Int[Array, "b g m"], s: int) -> Array:
-    """Attention over gathered slots back to all s slots; [b h m] or [b h w m]."""
-    group = x.shape[1] // slots.shape[1]
-    where = jnp.where(slots < 0, s, slots)
-    rows = jnp.moveaxis(x, -1, 2).reshape(x.shape[0], slots.shape[1], group, slots.shape[2], -1)
-    add = jax.vmap(jax.vmap(lambda at, r: jnp.zeros((group, s + 1, r.shape[-1]), jnp.float32).at[:, at].add(r)[:, :s]))
-    out = add(where, rows).reshape(*x.shape[:2], s, *x.shape[2:-1])
-    return jnp.moveaxis(out, 2, -1)

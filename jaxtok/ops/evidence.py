@@ -4,8 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from jaxtok.ops._chunked import Spec, add, as_window, check, finite, group, level, make_spec, pad, prepare, probs, take, walk
 
@@ -92,27 +91,3 @@ def rows(
 def _rows(spec: Spec, q, k, lse, *rest):
     p, _ = probs(spec, prepare(spec, q, k, *rest), finite(group(lse, k.shape[1])), 0, 0)
     return p.reshape(*q.shape[:3], k.shape[2])
-
-
-def pool(
-    x: Float[Array, "*batch s"], width: int, kind: str = "avg", live: Bool[Array, "*batch s"] | None = None
-) -> Float[Array, "*batch s"]:
-    """Pools scores over the `width` keys around each, stride 1, same length.
-
-    "avg" divides by `width` everywhere, the ends included (zero padding that counts, as in SnapKV's official code); "max" ignores what
-    lies beyond the ends. Dead keys enter as zero and get zero.
-
-    Raises:
-      ValueError: the width is not odd and positive, or the kind is unknown.
-    """
-    if width < 1 or width % 2 == 0:
-        raise ValueError(f"width is {width}; it must be odd and positive, so that the pooled scores stay centred")
-    if kind not in ("avg", "max"):
-        raise ValueError(f"kind is {kind!r}; it must be 'avg' or 'max'")
-    x = x if live is None else jnp.where(live, x, 0)
-    size, ends = (1,) * (x.ndim - 1) + (width,), [(0, 0)] * (x.ndim - 1) + [(width // 2, width // 2)]
-    if kind == "avg":
-        y = lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, size, (1,) * x.ndim, ends) / width
-    else:
-        y = lax.reduce_window(x, jnp.full((), -jnp.inf, x.dtype), lax.max, size, (1,) * x.ndim, ends)
-    return y if live is None else jnp.where(live, y, 0)

@@ -39,7 +39,7 @@ def test_keep_is_exact_for_long_rows_and_at_least_one():
 
 def test_ratio_out_of_range():
     for bad in (1.2, -0.1, math.nan):
-        with pytest.raises(ValueError, match="ratio must be from 0.0 to 1.0"):
+        with pytest.raises(ValueError, match=r"ratio must be from 0\.0 to 1\.0"):
             budget.capacity(bad, 10)
     with pytest.raises(ValueError, match="n must be >= 1, got 0"):
         budget.capacity(0.5, 0)

@@ -39,7 +39,7 @@ def test_refused():
     other = dataclasses.make_dataclass("Other", [], frozen=True)
     with pytest.raises(ValueError, match=r"'some' is registered twice: .*Some and .*Other"):
         register("some", paper="-", site="cache")(other)
-    with pytest.raises(ValueError, match="site 'kv' must be one of prompt, .*cache"):
+    with pytest.raises(ValueError, match=r"site 'kv' must be one of prompt, .*cache"):
         register("other", paper="-", site="kv")(other)
     for loose in (dataclasses.make_dataclass("Loose", []), type("Plain", (), {})):
         with pytest.raises(ValueError, match="'loose' must be a frozen dataclass"):

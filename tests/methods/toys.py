@@ -3,7 +3,6 @@
 The references (`softmax_rows`, `top`) are numpy in float64 and share nothing with the package.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -13,12 +12,19 @@ import numpy as np
 
 from jaxtok.core.protocols import vacate
 from jaxtok.core.reduce import gather, grow_kv, reduce_kv
+from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV, Evidence
+from jaxtok.models.decoder import place
 from jaxtok.ops.attention import attention
 from jaxtok.ops.evidence import received, rows
 
 B, H, G, N, D = 2, 4, 2, 24, 8
 LIVE = (24, 17)
+
+
+def freqs(d: int):
+    """What raw policies are rotated by."""
+    return jnp.asarray(1e4 ** (-np.arange(d // 2) / (d // 2)), jnp.float32)
 
 
 def cache(k, v, live=None, dtype=jnp.float32) -> KV:
@@ -103,8 +109,8 @@ def run(method, kv: KV, evidence: Evidence, keep=None) -> KV:
 def check_scorer(make, evidence, *, protected) -> None:
     """What is asked of every scorer: `make(capacity)`, `evidence(q, kv)`, `protected(pos, seen)`: the positions that must stay."""
     q, kv = problem()
-    method, seen = make(10), evidence(q, kv)
-    out = run(method, kv, seen)
+    method, seen, budget = make(10), evidence(q, kv), lambda keep: jnp.full((B,), keep, jnp.int32)
+    out = run(method, kv, seen, budget(10))
     assert out.k.shape == (B, G, 10, D)
     for row, live in zip(kept(out), LIVE, strict=True):
         safe = {p for p in range(live) if protected(p, live)}
@@ -114,28 +120,39 @@ def check_scorer(make, evidence, *, protected) -> None:
     np.testing.assert_array_equal(out.k, np.take_along_axis(np.asarray(kv.k), at[..., None], 2))
 
     # a traced budget under the capacity is the smaller capacity
-    small = run(method, kv, seen, jnp.full((B,), 7, jnp.int32))
-    assert small.k.shape[2] == 10 and kept(small) == kept(run(make(7), kv, seen))
+    assert kept(run(method, kv, seen, budget(7))) == kept(run(make(7), kv, seen))
     # a budget that covers the cache is decided statically
     assert make(N).compress({}, kv, seen)[0] is kv
     # junk in dead slots changes nothing, nor do the other rows
     loud, dirty = problem(junk=1e4)
-    assert kept(run(method, dirty, evidence(loud, dirty))) == kept(out)
+    assert kept(run(method, dirty, evidence(loud, dirty), budget(10))) == kept(out)
     (other, stranger), first = problem(9), jnp.array([True, False])
     mixed = jax.tree.map(lambda x, y: jnp.where(first.reshape((2,) + (1,) * (x.ndim - 1)), x, y) if x.ndim else x, stranger, kv)
-    assert kept(run(method, mixed, evidence(np.concatenate([other[:1], q[1:]]), mixed)))[1] == kept(out)[1]
-    # bf16 numbers, float32 scores
-    half = kv._replace(k=kv.k.astype(jnp.bfloat16), v=kv.v.astype(jnp.bfloat16))
-    wide = half._replace(k=half.k.astype(jnp.float32), v=half.v.astype(jnp.float32))
-    score = scorer(method)(half, seen)
-    assert score.dtype == jnp.float32
-    np.testing.assert_array_equal(score, scorer(method)(wide, seen))
+    assert kept(run(method, mixed, evidence(np.concatenate([other[:1], q[1:]]), mixed), budget(10)))[1] == kept(out)[1]
     # nothing live: nothing kept, no NaN
-    empty = run(method, kv._replace(pos=jnp.full_like(kv.pos, -1), seen=jnp.zeros_like(kv.seen)), seen)
+    empty = run(method, kv._replace(pos=jnp.full_like(kv.pos, -1), seen=jnp.zeros_like(kv.seen)), seen, budget(10))
     assert (np.asarray(empty.pos) < 0).all() and np.isfinite(np.asarray(empty.k)).all()
+    # bf16 numbers, float32 scores (that they choose alike is a law)
+    half = kv._replace(k=kv.k.astype(jnp.bfloat16), v=kv.v.astype(jnp.bfloat16))
+    assert jax.eval_shape(scorer(method), half, seen).dtype == jnp.float32
+    assert jax.eval_shape(program(method), half, seen, None).k.dtype == jnp.bfloat16
 
 
 # --- step policies ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _fit(policy):
+    def fit(kv, evidence, keep):
+        state = policy.start({}, kv, evidence)
+        return state, policy.fit({}, state, kv, evidence, keep)
+
+    return jax.jit(fit)
+
+
+def fit(policy, kv: KV, evidence: Evidence, keep=None):
+    """(state before, plan) of a policy after a prefill."""
+    return _fit(policy)(kv, evidence, None if keep is None else jnp.asarray(keep, jnp.int32))
 
 
 @functools.cache
@@ -162,8 +179,11 @@ def _step(policy):
             seen=kv.seen + 1,
         )
         see: dict[str, Any] = dict(q_pos=pos[:, None], k_pos=kv.pos)
-        out, lse = attention(q[:, :, None], kv.k, kv.v, **see)
-        row = rows(q[:, :, None], kv.k, lse, **see)
+        q, keys = q[:, :, None], kv.k
+        if policy.raw:
+            q, keys = place(q, kv, kv.cursor, freqs(q.shape[-1]))
+        out, lse = attention(q, keys, kv.v, **see)
+        row = rows(q, keys, lse, **see)
         state = policy.observe({}, state, kv, Evidence(rows=row, received=row[:, :, 0]))
         kv, state, _ = vacate(policy, {}, state, kv, keep)
         return kv, state, out, row
@@ -173,10 +193,17 @@ def _step(policy):
 
 def drive(policy, q, k, v, live, prefill, keep=None, dtype=jnp.float32):
     """Prefill with the first rows of q, k, v [b e T d] (left-padded to `prefill`, live[i] of them alive), then a step for each other
-    row. Yields (kv, state, attention output, attention row) after the prefill (without the last two) and after every step."""
+    row. A raw policy gets queries and keys before the rotary embedding of `freqs`. Yields (kv, state, attention output, attention row) after the prefill (without the last two) and after every step."""
     q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
     kv = cache(k[:, :, :prefill], v[:, :, :prefill], live, dtype)
-    kv, state = _start(policy)(kv, look(q[:, :, :prefill], kv, 1), keep)
+    first, seen = q[:, :, :prefill], kv
+    if policy.raw:
+        ids = jnp.maximum(kv.pos, 0)
+        first, seen = (
+            turn(first, jnp.repeat(ids, q.shape[1] // ids.shape[1], 1), freqs(q.shape[-1])),
+            kv._replace(k=turn(kv.k, ids, freqs(q.shape[-1]))),
+        )
+    kv, state = _start(policy)(kv, look(first, seen, 1), keep)
     yield kv, state, None, None
     for t in range(prefill, q.shape[2]):
         kv, state, out, row = _step(policy)(kv, state, q[:, :, t], k[:, :, t], v[:, :, t], keep)
@@ -187,32 +214,22 @@ def check_policy(make, *, protected) -> None:
     """What is asked of every step policy: `make(capacity)`, `protected(pos, seen)`: the positions that must stay."""
     rng, steps = np.random.default_rng(3), 18
     q, k, v = (rng.normal(size=(B, e, N + steps, D)).astype(np.float32) * 2 for e in (H, G, G))
-    sets = {}
-    for name, junk, keep, dtype in (
-        ("plain", 0.0, None, jnp.float32),
-        ("junk", 1e4, None, jnp.float32),
-        ("small", 0.0, jnp.full((B,), 6, jnp.int32), jnp.float32),
-        ("bf16", 0.0, None, jnp.bfloat16),
-    ):
-        dead = (np.arange(N + steps)[None] < N - np.asarray(LIVE)[:, None])[:, None, :, None]
-        trace = drive(make(8), *(np.where(dead, np.float32(junk), x) for x in (q, k, v)), LIVE, N, keep, dtype)
-        sets[name], last = [], None
-        for t, (kv, state, _, _) in enumerate(trace):
+    dead = (np.arange(N + steps)[None] < N - np.asarray(LIVE)[:, None])[:, None, :, None]
+    policy, sets = make(8), {}
+    for name, junk, keep in (("plain", 0.0, 8), ("junk", 1e4, 8), ("small", 0.0, 6)):
+        rows_ = (np.where(dead, np.float32(junk), x) for x in (q, k, v))
+        sets[name] = []
+        for t, (kv, _, _, _) in enumerate(drive(policy, *rows_, LIVE, N, jnp.full((B,), keep, jnp.int32))):
             sets[name].append(kept(kv))
-            assert kv.k.dtype == dtype and all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))
             assert (np.asarray(kv.pos)[:, :, 8] < 0).all() and int(kv.cursor) == 8
             for row, live in zip(kept(kv), LIVE, strict=True):
                 safe = {p for p in range(live + t) if protected(p, live + t)}
-                for head in row:
-                    assert len(head) == (6 if name == "small" else 8) and max(head) < live + t
-                    assert name == "small" or safe <= head
-                    assert last is None or len(last) > 0
-            last = sets[name][-1]
+                assert all(len(head) == keep and max(head) < live + t for head in row)
+                assert keep < 8 or all(safe <= head for head in row)
     assert sets["plain"] == sets["junk"]
     small = [kept(kv) for kv, *_ in drive(make(6), q, k, v, LIVE, N)]
     assert small == sets["small"], "a traced budget under the capacity is the smaller capacity"
-    # a capacity that is never reached keeps everything
-    *_, (kv, *_) = drive(make(N + steps), q, k, v, LIVE, N)
-    assert kept(kv) == [[set(range(live + steps))] * G for live in LIVE]
-    # a policy survives as a static argument
-    assert hash(make(8)) == hash(dataclasses.replace(make(8)))
+    # bf16 in, bf16 out, state in float32
+    half = cache(k[:, :, :N], v[:, :, :N], LIVE, jnp.bfloat16)
+    out, state = jax.eval_shape(_start(policy), half, look(q[:, :, :N], half, 1), None)
+    assert out.k.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))

@@ -11,11 +11,12 @@ import pytest
 
 from jaxtok.core.protocols import CachePolicy, CacheScorer, Held, Reader, Reducer
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.reduce import turn
+from jaxtok.core.rotary import turn
 from jaxtok.core.select import choose, pack
 from jaxtok.core.types import KeyIndex, Needs
 from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
+from jaxtok.ops import cache
 
 CFG = Config(vocab=40, width=16, layers=3, heads=4, kv_heads=2, head_dim=8, hidden=32)
 N, TOTAL = 12, 20
@@ -320,7 +321,7 @@ def test_raw_keys_are_placed_at_their_rank(world):
     q = jax.random.normal(jax.random.key(3), (3, 4, 1, 8))
     kv = layers[0][0].kv._replace(pos=jnp.where(layers[0][0].kv.pos % 3 == 0, -1, layers[0][0].kv.pos))
     freqs = jnp.asarray(blocks.frequencies(CFG, 0))
-    _, keys = decoder.place(q, kv, jnp.int32(0), freqs)
+    _, keys = cache.place(q, kv, jnp.int32(0), freqs)
     pos = np.asarray(kv.pos[0, 0])
     rank = {p: r for r, p in enumerate(sorted(pos[pos >= 0].tolist()))}
     for slot in np.flatnonzero(pos >= 0):

@@ -1,4 +1,4 @@
-"""Evidence against the dense attention matrix in float64 numpy, and pooling against numbers worked out by hand."""
+"""Evidence against the dense attention matrix in float64 numpy."""
 
 import functools
 
@@ -10,7 +10,7 @@ import pytest
 
 from jaxtok.ops import _chunked
 from jaxtok.ops.attention import attention
-from jaxtok.ops.evidence import pool, received, rows
+from jaxtok.ops.evidence import received, rows
 
 
 @pytest.fixture
@@ -152,20 +152,6 @@ def test_memory_is_linear():
         return jax.jit(jax.value_and_grad(f, (0, 1))).lower(x, x, p).compile().memory_analysis().temp_size_in_bytes
 
     assert temp(8192) <= 4.4 * temp(2048)
-
-
-def test_pool_by_hand():
-    """Zero padding counts in the average (6/3 at the left end), not in the maximum."""
-    x = jnp.asarray([[2.0, 4.0, 0.0, 5.0, 1.0]])
-    np.testing.assert_allclose(pool(x, 3), [[2, 2, 3, 2, 2]], rtol=1e-6)
-    np.testing.assert_allclose(pool(x, 5), [[6 / 5, 11 / 5, 12 / 5, 2, 6 / 5]], rtol=1e-6)
-    np.testing.assert_allclose(pool(-x, 3, "max"), [[-2, 0, 0, 0, -1]])
-    np.testing.assert_allclose(pool(x, 1), x)
-    live = jnp.asarray([[False, True, True, True, True]])
-    np.testing.assert_allclose(pool(x, 3, live=live), [[0, 4 / 3, 3, 2, 2]], rtol=1e-6)
-    np.testing.assert_allclose(pool(-x, 3, "max", live), [[0, 0, 0, 0, -1]])
-    np.testing.assert_allclose(jax.vmap(lambda row: pool(row, 3))(x), pool(x, 3))
-    np.testing.assert_allclose(jax.grad(lambda x: pool(x, 3)[0, 0])(x), [[1 / 3, 1 / 3, 0, 0, 0]], rtol=1e-6)
 
 
 def test_wrong_arguments(untyped):

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtok.core.protocols import CacheCompressor
-from jaxtok.core.reduce import ranks, turn
+from jaxtok.core.reduce import ranks
 from jaxtok.core.registry import register
+from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
 
 

@@ -104,7 +104,7 @@ def test_a_slot_of_three_tokens_counts_three_times():
     q, kv = toys.problem(3, live=(24, 24))
     method = ExpectedAttention(capacity=9, sinks=2, vnorm=False)
     twins = [jnp.concatenate([x, x[:, :, -1:], x[:, :, -1:]], 2) for x in (kv.k, kv.v)]
-    twice = toys.cache(*twins)._replace(seen=kv.seen)
+    twice = toys.cache(*twins)._replace(delta=kv.delta - 2)  # the same next rotary id
     seen = evidence(q, kv)
     merged = kv._replace(bias=kv.bias.at[:, :, -1].set(np.log(3)))
     a, b = (np.asarray(toys.scorer(method)(x, seen)) for x in (twice, merged))

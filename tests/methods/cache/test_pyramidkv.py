@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +37,9 @@ def test_by_hand():
     assert slots(100, 4, capacity=45, window=2, variant="kvpress") == [88, 59, 31, 2]  # min 2.25, max 87.75: 59.25, 30.75
 
 
-@pytest.mark.parametrize("capacity, window, beta, n, layers", [(40, 8, 20, 200, 6), (33, 5, 7, 64, 4), (50, 3, 1, 120, 5), (60, 8, 3, 128, 32)])
+@pytest.mark.parametrize(
+    "capacity, window, beta, n, layers", [(40, 8, 20, 200, 6), (33, 5, 7, 64, 4), (50, 3, 1, 120, 5), (60, 8, 3, 128, 32)]
+)
 def test_layers_sum_to_the_average(capacity, window, beta, n, layers):
     got = [int(PyramidKV(capacity=capacity, window=window, beta=beta).layer(i, layers).share(capacity, n)) for i in range(layers)]
     c = capacity - window
@@ -116,15 +120,17 @@ def test_official_outputs(data, v):
     )
     evidence = toys.look(q, kv, method.window)
     score = np.asarray(toys.scorer(method)(kv, evidence))[0, :, : -method.window]
+    whole = dataclasses.replace(method, capacity=64)  # one program: the layers' counts as traced budgets
     for i in range(6):
         get = lambda name, i=i: z[f"c0_v{v}_kv_l{i}_{name}"]
-        out = toys.run(method.layer(i, 6), kv, evidence)
-        assert out.k.shape[2] == get("kept").shape[-1]
+        count = int(method.layer(i, 6).share(method.capacity, 64))
+        assert count == get("kept").shape[-1]
+        out = toys.run(whole, kv, evidence, jnp.asarray([[count]], jnp.int32))
         np.testing.assert_allclose(score, get("scores")[0], atol=2e-6)
         for head, chosen in enumerate(toys.kept(out)[0]):
             official = {int(p) for p in get("kept")[0, head]}
             if f"c0_v{v}_kv_l{i}_gap" not in z or get("gap")[0, head] > 1e-6:
                 assert chosen == official
             else:
-                at = lambda keep, head=head: np.sort(score[head][[p for p in keep if p < score.shape[1]]])
-                np.testing.assert_allclose(at(chosen), at(official), atol=2e-6)
+                mine, theirs = (np.sort([score[head, p] for p in keep if p < score.shape[1]]) for keep in (chosen, official))
+                np.testing.assert_allclose(mine, theirs, atol=2e-6)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,7 +16,7 @@ class Given(CacheScorer):
 
     name = "given"
     capacity: int
-    protect: Protect = Protect()
+    protect: Protect = CacheScorer.protect
 
     def score(self, params, kv, evidence):
         return kv.v[..., 0].astype(jnp.float32)
@@ -27,7 +28,7 @@ class Unlike(CacheScorer):
 
     name = "unlike"
     capacity: int
-    protect: Protect = Protect()
+    protect: Protect = CacheScorer.protect
 
     def score(self, params, kv, evidence):
         x, live = kv.v[..., 0].astype(jnp.float32), kv.pos >= 0
@@ -62,3 +63,10 @@ def kept(kv: KV) -> list[list[list[int]]]:
 
 
 NOTHING = Evidence()
+
+
+def run(*cases):
+    """Each case (method, cache, keep=None, evidence=NOTHING) -> its compressed cache; one program for all, as compiling is what costs."""
+    args = [(case[1], case[3] if len(case) > 3 else NOTHING, case[2] if len(case) > 2 else None) for case in cases]
+    both = jax.jit(lambda args: [case[0].compress({}, kv, seen, keep)[0] for case, (kv, seen, keep) in zip(cases, args, strict=True)])
+    return both(args)

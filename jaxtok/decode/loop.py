@@ -14,7 +14,6 @@ from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN, Layers
 
-
 GREEDY = Sampler()
 
 

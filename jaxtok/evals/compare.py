@@ -1,0 +1,155 @@
+"""Every method at every budget on the same cases: quality, agreement with the full model, memory, traffic, time.
+
+The full model runs first; its greedy continuation of each case is what agreement is measured on. Two protocols:
+
+    query_aware    context + question are prefilled as one, then the cache is compressed: the method has seen the question
+    otherwise      the context is prefilled and compressed, then the question is appended to what is left
+
+One program serves all tasks, cases and lengths of a static shape; the methods of site "cache" share their decode programs too.
+A budget in percent is that share of each row's own live tokens, inside a capacity that is that share of the static length.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jaxtok.core import registry
+from jaxtok.evals import cases, perplexity, tasks
+from jaxtok.evals.measure import FULL, SITES, Work, recipe_of
+from jaxtok.models.config import Config
+from jaxtok.models.text import Tokenizer
+
+PERPLEXITY = "perplexity"
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is compared on what. `methods` are specs of `registry.build`, `budgets` texts of `registry.parse_budget`."""
+
+    methods: tuple[str, ...]
+    budgets: tuple[str, ...]
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...] = (512,)
+    count: int = 16  # cases for each task and length
+    batch: int = 16
+    query_aware: bool = False
+    new: int | None = None  # tokens generated; None = what the longest answer takes
+    template: str = "short"
+    seed: int = 0
+    repeats: int = 3  # timed runs, at least
+    text: str | None = None  # file for perplexity; None = the haystack of the package
+    skip: float = 0.5  # share of a window whose predictions perplexity does not count
+
+    def __post_init__(self):
+        for name in ("methods", "budgets", "tasks", "lengths"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; name at least one")
+        for name in ("count", "batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if min(self.lengths) < 1:
+            raise ValueError(f"lengths must be >= 1, got {self.lengths}")
+        if self.new is not None and self.new < 2:
+            raise ValueError(f"new must be >= 2, got {self.new}")
+        if not 0 < self.skip < 1:
+            raise ValueError(f"skip must be between 0 and 1, got {self.skip}")
+        for spec in self.methods:
+            site = registry.get(spec.partition(":")[0].strip()).site
+            if site not in SITES:
+                raise ValueError(f"{spec!r} acts at site {site!r}; compare takes methods of the sites {', '.join(SITES)}")
+        for text in self.budgets:
+            registry.parse_budget(text)
+        known = (*tasks.TASKS, PERPLEXITY)
+        for task in self.tasks:
+            if task not in known and not task.endswith(".jsonl"):
+                raise ValueError(f"unknown task {task!r}; known: {', '.join(known)}, or a .jsonl file")
+
+
+class Result(NamedTuple):
+    """`rows`: one a method, budget, task and length (see `measure.row`). `kept`: for the first case of each method and budget, the share of
+    layers and heads that kept each position, with where the answer stands (a fraction; nan = nowhere)."""
+
+    rows: list[dict[str, Any]]
+    kept: list[dict[str, Any]]
+    notes: list[str]
+
+
+def fitted(specs: Iterable[str], cfg: Config, capacity: int) -> tuple[tuple[str, ...], list[str]]:
+    """Bare names that work at `capacity` on this model, and a note on each of the others.
+
+    A window that would not leave two thirds of the smallest budget free is made smaller, and the spec says so.
+    """
+    good, notes = [], []
+    window = 2 ** max(0, int(math.log2(max(1, capacity // 3))))
+    for spec in specs:
+        reason = ""
+        for attempt in (spec, f"{spec}:window={window}"):
+            try:
+                recipe_of(attempt, capacity).validate(cfg)
+                good.append(attempt)
+                break
+            except ValueError as e:
+                reason = reason or str(e)
+        else:
+            notes.append(f"left out: {reason}")
+    return tuple(good), notes
+
+
+def smallest(options: Options) -> int:
+    """The smallest capacity that a comparison will ask for, near enough to choose windows by."""
+    n = max(1, min(options.lengths) - 2 * cases.BUCKET)
+    return min(cases.slots(registry.parse_budget(b), n) for b in options.budgets)
+
+
+def run(cfg: Config, params: Any, tokenizer: Tokenizer, options: Options, progress: Progress = lambda *_: None) -> Result:
+    """The comparison. ValueError, before anything is compiled, for what cannot work."""
+    named = [t for t in options.tasks if t != PERPLEXITY]
+    made = [
+        c
+        for t in named
+        for c in cases.make(t, tokenizer, lengths=options.lengths, count=options.count, seed=options.seed, template=options.template)
+    ]
+    groups = cases.group(made, query_aware=options.query_aware, new=options.new)
+    windows = (
+        perplexity.windows(tokenizer, options.text, length=max(options.lengths), count=options.count)
+        if PERPLEXITY in options.tasks
+        else None
+    )
+    plan: list[tuple[str, str]] = [(FULL, "100%")] if FULL in options.methods else []
+    plan += [(m, b) for m in options.methods if m != FULL for b in options.budgets]
+    lengths = [g.context for g in groups] + ([windows.shape[1]] if windows is not None else [])
+    for spec, budget in plan:
+        for n in lengths:
+            recipe_of(spec, cases.slots(registry.parse_budget(budget), n)).validate(cfg)
+    notes = [
+        f"{spec} at {budget} keeps {cases.slots(registry.parse_budget(budget), n)} slots of a context of {n}"
+        for spec, budget in plan
+        for n in lengths
+        if cases.slots(registry.parse_budget(budget), n) > n
+    ]
+    work = Work(cfg, params, tokenizer, options.batch, options.repeats, options.seed)
+    total, done, rows, kept = len(plan) * len(lengths) + len(lengths), 0, [], []
+    for g in groups:
+        progress(done, total, "the full model")
+        reference = work.reference(g)
+        done += 1
+        for spec, budget in plan:
+            progress(done, total, f"{spec} at {budget}")
+            more, map_ = work.measure(g, reference, spec, budget)
+            rows += more
+            kept.append(map_)
+            done += 1
+    if windows is not None:
+        for spec, budget in plan:
+            progress(done, total, f"perplexity of {spec} at {budget}")
+            rows.append(work.perplexity(windows, spec, budget, max(1, int(windows.shape[1] * options.skip))))
+            done += 1
+    progress(total, total, "done")
+    return Result([{**r, "query_aware": options.query_aware} for r in rows], kept, list(dict.fromkeys(notes)))
+
+
+def tasks_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The scored tasks of some rows, in order."""
+    return list(dict.fromkeys(r["task"] for r in rows if r["task"] != PERPLEXITY))

@@ -1,0 +1,276 @@
+"""One method at one budget on one group of cases: what it answers, how near it stays to the full model, what it costs."""
+
+import dataclasses
+import functools
+import math
+import statistics
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtok.core import registry
+from jaxtok.core.recipe import Recipe
+from jaxtok.core.types import live_count
+from jaxtok.decode import generate, replay
+from jaxtok.evals import agreement, cases, perplexity, tasks
+from jaxtok.evals.cases import Group, Rows
+from jaxtok.evals.programs import Program, Programs, nbytes, timed
+from jaxtok.models import decoder
+from jaxtok.models.config import Config
+from jaxtok.models.decoder import PLAIN
+from jaxtok.models.text import Tokenizer
+
+SITES = ("cache", "policy", "reader")
+FULL = "full"
+
+
+def recipe_of(spec: str, capacity: int) -> Recipe:
+    """The recipe that puts the method of `spec` at its site; full = the plain model."""
+    method = registry.build(spec, capacity)
+    return PLAIN if method.name == FULL else Recipe(**{method.site: method})
+
+
+class Reference(NamedTuple):
+    """What the full model said to each batch."""
+
+    ids: list[jax.Array]  # i32 [b new], 0 after the end
+    live: list[jax.Array]  # bool [b new]
+    logits: list[jax.Array]  # f32 [new b vocab]
+
+
+@dataclasses.dataclass(eq=False)
+class Work:
+    """A model, and how it is measured: rows in a batch, timed runs."""
+
+    cfg: Config
+    params: Any
+    tokenizer: Tokenizer
+    batch: int
+    repeats: int
+    seed: int
+    programs: Programs = dataclasses.field(default_factory=Programs)
+
+    def __post_init__(self):
+        self.key = jax.random.key(self.seed)
+
+    # --- the programs -------------------------------------------------------------------------------------------------
+
+    def prefill(self, recipe: Recipe, params: Any, rows: Rows, keep: Any, new: int) -> Program:
+        args = (params, rows, keep, self.key)
+        return self.programs.get("prefill", (recipe, new), functools.partial(_prefill, self.cfg, recipe, new), args)
+
+    def decode(self, recipe: Recipe, params: Any, tokens, layers, keep: Any, new: int) -> Program:
+        fn = functools.partial(_decode, self.cfg, recipe, new)
+        return self.programs.get("decode", (recipe, new), fn, (params, tokens, layers, keep, self.key), donate=(2,), trips=new - 1)
+
+    def compare(self, recipe: Recipe, params: Any, tokens, layers, keep: Any, ids, live, logits) -> Program:
+        fn = functools.partial(_compare, self.cfg, recipe)
+        return self.programs.get("compare", recipe, fn, (params, tokens, layers, keep, self.key, ids, live, logits))
+
+    def learned(self, recipe: Recipe) -> Any:
+        """The parameters, with those of the methods where they have any."""
+        own = recipe.init_params(self.key, self.cfg)
+        return self.params | {"methods": own} if jax.tree.leaves(own) else self.params
+
+    # --- the measurements ---------------------------------------------------------------------------------------------
+
+    def reference(self, g: Group) -> Reference:
+        """The full model's greedy continuation of every case, and its logits along it."""
+        out = Reference([], [], [])
+        for _, rows in cases.batches(g, self.batch):
+            prefill = self.prefill(PLAIN, self.params, rows, None, g.new)
+            tokens, layers, *_ = prefill.call(self.params, rows, None, self.key)
+            shapes = jax.eval_shape(lambda x: x, layers)
+            decode = self.decode(PLAIN, self.params, tokens, shapes, None, g.new)
+            said = decode.call(self.params, tokens, layers, None, self.key)[0]
+            live = said >= 0
+            ids = jnp.maximum(said, 0)
+            tokens, layers, *_ = prefill.call(self.params, rows, None, self.key)
+            fn = functools.partial(_logits, self.cfg)
+            logits = self.programs.get("logits", None, fn, (self.params, tokens, layers, ids, live))
+            out.ids.append(ids)
+            out.live.append(live)
+            out.logits.append(logits.call(self.params, tokens, layers, ids, live))
+        return out
+
+    def measure(self, g: Group, reference: Reference, spec: str, budget: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(the rows of a method at a budget, the map of what it kept of the first case)."""
+        size = registry.parse_budget(budget)
+        capacity = cases.slots(size, g.context)
+        recipe = recipe_of(spec, capacity)
+        later = recipe.replace(cache=None)
+        params = self.learned(recipe)
+        seconds: list[float] = []
+        found: list[dict[str, Any]] = []
+        used: dict[str, Program] = {}
+        map_, bytes_ = {}, 0
+        for i, (mine, rows) in enumerate(cases.batches(g, self.batch)):
+            keep, after = _keep(recipe, cases.keep(size, rows.live), capacity)
+            used["prefill"] = prefill = self.prefill(recipe, params, rows, keep, g.new)
+            tokens, layers, count, where = prefill.call(params, rows, keep, self.key)
+            bytes_ = nbytes(layers)
+            ids, live, logits = reference.ids[i], reference.live[i], reference.logits[i]
+            kl, same = self.compare(later, params, tokens, layers, after, ids, live, logits).call(
+                params, tokens, layers, after, self.key, ids, live, logits
+            )
+            used["decode"] = decode = self.decode(later, params, tokens, layers, after, g.new)
+            said, lost = jax.tree.map(np.asarray, decode.call(params, tokens, layers, after, self.key)[:2])
+            found += _cases(mine, said, self.tokenizer, np.asarray(kl).T, np.asarray(same).T, np.asarray(live), np.asarray(count), lost)
+            if i == 0:
+                map_ = _map(spec, budget, mine[0], np.asarray(where[0]), len(mine[0].context))
+        # the first run of a program pays for its buffers: what is timed comes after
+        _, rows = cases.batches(g, self.batch)[0]
+        keep, after = _keep(recipe, cases.keep(size, rows.live), capacity)
+        for _ in range(self.repeats):
+            out, a = timed(used["prefill"].call, params, rows, keep, self.key)
+            _, b = timed(used["decode"].call, params, out[0], out[1], after, self.key)
+            seconds.append(a + b)
+        facts = self._facts(spec, budget, capacity, used, bytes_, statistics.median(seconds), g.new)
+        return [row(facts, [f for f in found if f["case"] == where]) for where in dict.fromkeys(f["case"] for f in found)], map_
+
+    def _facts(self, spec, budget, capacity, used: dict[str, Program], bytes_: int, seconds: float, new: int) -> dict[str, Any]:
+        b, prefill, decode = self.batch, used["prefill"], used["decode"]
+        peaks = [p.peak for p in used.values() if p.peak is not None]
+        return {
+            "method": spec,
+            "budget": budget,
+            "capacity": capacity,
+            "cache_bytes": bytes_ / b,
+            "prefill_flops": prefill.flops / b,
+            "prefill_bytes": prefill.bytes / b,
+            "step_flops": decode.flops / new / b,
+            "step_bytes": decode.bytes / new / b,
+            "uncounted": sorted({*prefill.unknown, *decode.unknown}),
+            "peak_bytes": max(peaks) if peaks else None,
+            "compile_s": sum(p.compile_s for p in used.values()),
+            "time_s": seconds,
+            "batch": b,
+            "new": new,
+        }
+
+    def perplexity(self, windows: np.ndarray, spec: str, budget: str, skip: int) -> dict[str, Any]:
+        """The row of a method at a budget on running text: nll in nats a token and its exponential."""
+        n = windows.shape[1]
+        capacity = cases.slots(registry.parse_budget(budget), n)
+        recipe = recipe_of(spec, capacity)
+        nll, kept, lost, program = perplexity.measure(
+            self.cfg, self.learned(recipe), recipe, windows, skip=skip, batch=self.batch, key=self.key, programs=self.programs
+        )
+        return {
+            "method": spec,
+            "budget": budget,
+            "task": "perplexity",
+            "length": n,
+            "capacity": capacity,
+            "cases": len(windows),
+            "skip": skip,
+            "nll": float(np.mean(nll)),
+            "perplexity": float(np.exp(np.mean(nll))),
+            "kept": float(np.mean(kept)),
+            "lost": float(np.mean(lost)),
+            "compile_s": program.compile_s,
+        }
+
+
+def _keep(recipe: Recipe, share: jax.Array | None, capacity: int) -> tuple[dict[str, jax.Array] | None, dict[str, jax.Array] | None]:
+    """Traced budgets of the prefill, and of the steps that follow."""
+    site = "cache" if recipe.cache is not None else "policy" if recipe.policy is not None else None
+    if site is None or share is None:
+        return None, None
+    keep = {site: jnp.minimum(share, capacity)}
+    return keep, keep if site == "policy" else None
+
+
+def _cases(mine, said, tokenizer, kl, same, live, count, lost) -> list[dict[str, Any]]:
+    """What is known of each case of a batch; rows past the cases are padding."""
+    out = []
+    for i, case in enumerate(mine):
+        text = cases.shown(case, said[i], tokenizer)
+        counted = (live[i] & (np.arange(live.shape[1]) < case.example.max_new))[None]
+        out.append(
+            {
+                "case": (case.task, case.length),
+                "depth": case.example.depth,
+                "score": tasks.string_match(text, case.example.answers),
+                "kl": float(agreement.mean_over(kl[i][None], counted)[0]),
+                "top1": float(agreement.mean_over(same[i][None].astype(float), counted)[0]),
+                "kept": float(count[i]),
+                "lost": float(lost[i]),
+                "said": text,
+                "wanted": list(case.example.answers),
+            }
+        )
+    return out
+
+
+def row(facts: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row: means over the cases of a task and length.
+
+    score: string match. kl (nats), top1: on the full model's continuation. kept, lost: live slots after compression, and rows without
+    room, a layer and KV head. capacity: static slots asked for. Per sequence: cache_bytes (arrays allocated, with room for question and
+    continuation), prefill_flops, prefill_bytes. Per sequence and generated token: step_flops, step_bytes. Per batch: peak_bytes,
+    compile_s (of its programs, also where another row compiled them), time_s (median of prefill + generation).
+    """
+    task, length = found[0]["case"]
+    mean = lambda name: float(np.nanmean(v)) if np.isfinite(v := [f[name] for f in found]).any() else None
+    row = {"method": facts["method"], "budget": facts["budget"], "task": task, "length": length, "cases": len(found)}
+    row |= {name: mean(name) for name in ("score", "kl", "top1", "kept", "lost")} | {k: v for k, v in facts.items() if k not in row}
+    row["each"] = [{"depth": f["depth"] if math.isfinite(f["depth"]) else None, "score": f["score"]} for f in found]
+    row["sample"] = {name: found[0][name] for name in ("said", "wanted")}
+    return row
+
+
+def _map(spec: str, budget: str, case, where: np.ndarray, n: int) -> dict[str, Any]:
+    depth = case.example.depth
+    return {
+        "method": spec,
+        "budget": budget,
+        "task": case.task,
+        "length": case.length,
+        "answer": depth if math.isfinite(depth) else None,
+        "context": n,
+        "kept": [round(float(x), 3) for x in where],
+    }
+
+
+# --- what is compiled -------------------------------------------------------------------------------------------------
+
+
+def _prefill(cfg: Config, recipe: Recipe, new: int, params, rows: Rows, keep, key):
+    """(tokens cut to the last row, caches, kept slots [b], share of layers and heads that kept each position [b n])."""
+    tokens = decoder.embed(cfg, params, rows.ids, rows.live)
+    if rows.ask is None:
+        tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=new, keep=keep, key=key)
+        first = layers
+    else:
+        _, first = decoder.prefill(cfg, params, tokens, recipe, new=0, keep=keep, key=key)
+        tokens = decoder.embed(cfg, params, rows.ask, rows.ask_live)
+        tokens, layers = decoder.prefill(cfg, params, tokens, recipe.replace(cache=None), new=new, layers=first, keep=keep, key=key)
+    pos = [part.kv.pos for parts in first for part in parts]
+    heads = sum(p.shape[1] for p in pos)
+    count = sum(jnp.sum(live_count(p), -1) for p in pos).astype(jnp.float32) / heads  # type: ignore[union-attr]
+    b, n = rows.ids.shape
+    where = jnp.zeros((b, n + 1), jnp.float32)
+    for p in pos:
+        p = p.reshape(b, -1)
+        where = where.at[jnp.arange(b)[:, None], jnp.where((p < 0) | (p > n), n, p)].add(1.0)
+    return tokens._replace(x=tokens.x[:, -1:], pos=tokens.pos[:, -1:]), layers, count, where[:, :n] / heads
+
+
+def _decode(cfg: Config, recipe: Recipe, new: int, params, tokens, layers, keep, key):
+    """(ids i32 [b new], lost rows a layer and head f32 [b], caches)."""
+    out = generate(cfg, params, tokens, layers, recipe, new=new, keep=keep, key=key)
+    lost = [jnp.mean(part.kv.lost.astype(jnp.float32), -1) for parts in out.layers for part in parts]
+    return out.ids, sum(lost) / len(lost), out.layers  # type: ignore[arg-type]
+
+
+def _compare(cfg: Config, recipe: Recipe, params, tokens, layers, keep, key, ids, live, logits):
+    """(KL f32 [t b], same first token bool [t b]) along the full model's continuation."""
+    mine, _ = replay(cfg, params, tokens, layers, ids, recipe, live=live, keep=keep, key=key)
+    return agreement.divergence(logits, mine)
+
+
+def _logits(cfg: Config, params, tokens, layers, ids, live):
+    return replay(cfg, params, tokens, layers, ids, live=live)[0]

@@ -1,0 +1,61 @@
+"""Programs compiled once and shared by all that has the same shapes, each with its cost, memory and compile time."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxtok.evals import cost
+
+
+class Program(NamedTuple):
+    """A compiled function and what is known of it before it runs."""
+
+    call: Callable[..., Any]
+    compile_s: float  # tracing, lowering and compiling
+    flops: float  # of one call, counted from the jaxpr
+    bytes: float  # moved by one call
+    unknown: tuple[str, ...]  # what the counts only guessed
+    peak: int | None  # bytes held at once, arguments and outputs included; None where the backend does not say
+
+
+class Programs:
+    """Compiles on the first call for a (name, static things, shapes) and hands the same program out afterwards."""
+
+    def __init__(self) -> None:
+        self._held: dict[Any, Program] = {}
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(
+        self, name: str, static: Any, fn: Callable[..., Any], args: Sequence[Any], *, donate: tuple[int, ...] = (), trips: int | None = None
+    ) -> Program:
+        """The program of `fn(*args)`. `static`: hashable, all that `fn` depends on besides `args`. `trips`: of its while loops."""
+        leaves, tree = jax.tree.flatten(args)
+        key = (name, static, tree, tuple((x.shape, str(x.dtype)) for x in leaves))
+        if key not in self._held:
+            start = time.perf_counter()
+            traced = jax.jit(fn, donate_argnums=donate).trace(*args)
+            compiled = traced.lower().compile()
+            seconds = time.perf_counter() - start
+            counted = cost.count_jaxpr(traced.jaxpr, trips=trips)
+            try:
+                peak = cost.peak_memory(compiled)
+            except NotImplementedError:
+                peak = None
+            self._held[key] = Program(compiled, seconds, counted.flops, counted.bytes, counted.unknown, peak)
+        return self._held[key]
+
+
+def timed(call: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """(what `call(*args)` returns, seconds until it is there)."""
+    start = time.perf_counter()
+    out = jax.block_until_ready(call(*args))
+    return out, time.perf_counter() - start
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays in `tree`."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,61 @@
+"""Slots of a cache: written in place, placed by rank, gathered and scattered by block."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxtok.core.reduce import ranks
+from jaxtok.core.rotary import turn
+from jaxtok.core.types import KV
+
+
+def append(kv: KV, k: Float[Array, "b g t d"], v: Array, pos: Int[Array, "b t"], bias: Float[Array, "b g t"]) -> KV:
+    """Write t rows at the cursor; rows that find no slot are counted in `lost`. `seen` is the caller's to move."""
+    t, slots = k.shape[2], kv.k.shape[2]
+    if t > slots:
+        raise ValueError(f"{t} rows cannot be appended to a cache of {slots} slots; prefill with more room (new=)")
+    at = jnp.minimum(kv.cursor, slots - t)
+    skip = kv.cursor - at  # the window [at, at + t) begins with `skip` slots that are taken already
+    room = jnp.arange(t, dtype=jnp.int32) >= skip
+
+    def write(old, rows):
+        rows = rows.astype(old.dtype)
+        if t > 1:
+            rows = jnp.roll(rows, skip, 2)
+        here = jax.lax.dynamic_slice_in_dim(old, at, t, 2)
+        fit = room.reshape((1, 1, t) + (1,) * (old.ndim - 3))
+        return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fit, rows, here), at, 2)
+
+    full = jnp.broadcast_to(pos[:, None], (*kv.pos.shape[:2], t))
+    gone = jnp.sum((pos >= 0) & (jnp.arange(t) >= t - skip)[None], -1, dtype=jnp.int32)
+    return kv._replace(
+        k=write(kv.k, k),
+        v=write(kv.v, v),
+        pos=write(kv.pos, full),
+        bias=write(kv.bias, bias),
+        cursor=jnp.minimum(kv.cursor + t, slots),
+        lost=kv.lost + gone[:, None],
+    )
+
+
+def place(q: Float[Array, "b h t d"], kv: KV, first: Array, freqs: Array) -> tuple[Array, Array]:
+    """Raw keys and the queries of the rows at slots first, first + 1, ...: rotated at their rank among the live slots."""
+    rank = ranks(kv.pos)
+    own = jax.lax.dynamic_slice_in_dim(rank, first, q.shape[2], 2)
+    return turn(q, jnp.repeat(own, q.shape[1] // own.shape[1], 1), freqs), turn(kv.k, rank, freqs)
+
+
+def block_slots(index: Int[Array, "b g nb"], block: int) -> Int[Array, "b g m"]:
+    """The slots of the listed blocks of `block` slots; -1 for unused entries."""
+    slots = index[..., None] * block + jnp.arange(block, dtype=jnp.int32)[None, None, None]
+    return jnp.where(index[..., None] < 0, -1, slots).reshape(*index.shape[:2], -1)
+
+
+def scatter(x: Float[Array, "b h *w m"], slots: Int[Array, "b g m"], s: int) -> Array:
+    """Attention over gathered slots back to all s slots; [b h m] or [b h w m]."""
+    group = x.shape[1] // slots.shape[1]
+    where = jnp.where(slots < 0, s, slots)
+    rows = jnp.moveaxis(x, -1, 2).reshape(x.shape[0], slots.shape[1], group, slots.shape[2], -1)
+    add = jax.vmap(jax.vmap(lambda at, r: jnp.zeros((group, s + 1, r.shape[-1]), jnp.float32).at[:, at].add(r)[:, :s]))
+    out = add(where, rows).reshape(*x.shape[:2], s, *x.shape[2:-1])
+    return jnp.moveaxis(out, 2, -1)

@@ -1,0 +1,80 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtok.core.types import Evidence
+from jaxtok.methods import StreamingLLM
+from tests.methods import toys
+
+small = {
+    "streaming_llm": lambda capacity: StreamingLLM(capacity=capacity, sinks=2, compact=False),
+    "streaming_llm:compact": lambda capacity: StreamingLLM(capacity=capacity, sinks=2),
+}
+
+
+def test_by_hand():
+    """Capacity 4 with 1 sink: after a prompt of 5 and four steps."""
+    x = np.zeros((1, 1, 9, 2), np.float32)
+    sets = [toys.kept(kv)[0][0] for kv, *_ in toys.drive(StreamingLLM(capacity=4, sinks=1), x, x, x, (5,), 5)]
+    assert sets == [{0, 2, 3, 4}, {0, 3, 4, 5}, {0, 4, 5, 6}, {0, 5, 6, 7}, {0, 6, 7, 8}]
+
+
+def test_checks_of_a_policy():
+    make = lambda capacity: StreamingLLM(capacity=capacity, sinks=3)
+    toys.check_policy(make, protected=lambda p, seen: p < 3 or p >= seen - 3)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_equals_the_list(sinks):
+    """The first `sinks` and the newest others, written as a list that drops its oldest; 3 x capacity steps. Without sinks, a window."""
+    x = np.random.default_rng(0).normal(size=(1, 1, 30, 4)).astype(np.float32)
+    want = list(range(6))
+    for kv, *_ in toys.drive(StreamingLLM(capacity=8, sinks=sinks), x, x, x, (6,), 6):
+        assert toys.kept(kv)[0][0] == set(want)
+        want.append(max(want) + 1)
+        if len(want) > 8:
+            del want[sinks]
+
+
+def test_only_the_paper_stores_raw_keys():
+    assert StreamingLLM(capacity=9).raw and not StreamingLLM(capacity=9, compact=False).raw
+    assert StreamingLLM(capacity=9).needs.rows == 0 and not StreamingLLM(capacity=9).step_needs.received
+
+
+def test_no_float_is_asked_to_tell_far_positions_apart():
+    """20 million tokens on, neighbours are still told apart: float32 alone rounds there."""
+    kv = toys.cache(np.zeros((1, 1, 6, 2)), np.zeros((1, 1, 6, 2)))
+    far = 20_000_001
+    kv = kv._replace(pos=jnp.asarray([[[0, far - 1, far, far + 1, far + 2, far + 3]]]), seen=jnp.asarray([far + 4]))
+    _, plan = toys.fit(StreamingLLM(capacity=4, sinks=1), kv, Evidence())
+    np.testing.assert_array_equal(plan.index[0, 0], [0, 3, 4, 5])
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match="capacity=4 has no room for the 5"):
+        StreamingLLM(capacity=4)
+    with pytest.raises(ValueError, match="sinks must be >= 0"):
+        StreamingLLM(capacity=4, sinks=-1)
+
+
+def test_official_outputs(data):
+    """mit-han-lab/streaming-llm, one GQA layer: what is attended to and kept at every step, and the layer's output at compact positions."""
+    z = np.load(data / "golden" / "streaming_llm.npz")
+    get = lambda name: z[f"c2_{name}"]
+    h, g, d, start, n = (int(get(x)) for x in ("num_heads", "num_kv_heads", "head_dim", "start_size", "n_prefill"))
+    heads = lambda x, e: x.reshape(1, -1, e, d).swapaxes(1, 2)
+    q, k, v = (heads(get("hidden") @ get(f"w.{x}_proj.weight").T, e) for x, e in (("q", h), ("k", g), ("v", g)))
+    steps = int(get("n_decode"))
+    policy = StreamingLLM(capacity=start + int(get("recent_size")), sinks=start)
+    trace = toys.drive(policy, *(x[:, :, : n + steps] for x in (q, k, v)), (n,), n)
+    before, last = [], np.zeros(0)
+    for t, (kv, _, out, row) in enumerate(trace):
+        assert toys.kept(kv)[0] == [set(get(f"s{t}_kept_after").tolist())] * g
+        if out is not None:
+            assert [*before, n + t - 1] == get(f"s{t}_attended").tolist()
+            slots = np.argsort(np.where(last < 0, 99, last))[: len(before)]
+            np.testing.assert_allclose(row[0, :, 0][:, [*slots, policy.capacity]], get(f"s{t}_attn")[0, :, 0], atol=2e-6)
+            flat = np.asarray(out[0, :, 0]).reshape(-1) @ get("w.o_proj.weight").T
+            np.testing.assert_allclose(flat, get(f"s{t}_out")[0, 0], atol=2e-6)
+        last = np.asarray(kv.pos)[0, 0]
+        before = sorted(toys.kept(kv)[0][0])
