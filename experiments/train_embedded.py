@@ -39,8 +39,7 @@ from jaxtok.train.loop import fit
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHARS = "\n" + "".join(map(chr, range(32, 127)))  # ids 1..96; 0 = U+FFFD stands for every other character
-# Weights of the loss: running text, keys and wording, answers and their first digits, which alone need the key to be matched.
-TEXT, FORM, ANSWER, FIRST = 0.1, 0.02, 1.0, 3.0
+TEXT, FORM, ANSWER = 0.1, 0.02, 1.0  # weights of the loss: running text, keys and wording, answers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,10 +56,10 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage(steps=650, length=128, batch=32, pairs=(2, 8), kinds=(0.7, 0.15, 0.15)),
+    Stage(steps=600, length=128, batch=32, pairs=(2, 8), kinds=(0.7, 0.15, 0.15)),
     Stage(steps=550, length=256, batch=16, pairs=(6, 20), kinds=(0.25, 0.4, 0.35), joint=0.3, jump=512),
     Stage(steps=450, length=512, batch=8, pairs=(12, 42), kinds=(0.15, 0.45, 0.4), joint=0.4, jump=1500),
-    Stage(steps=300, length=1024, batch=4, pairs=(20, 85), kinds=(0.1, 0.45, 0.45), joint=0.4, jump=1500),
+    Stage(steps=320, length=1024, batch=4, pairs=(20, 85), kinds=(0.1, 0.45, 0.45), joint=0.4, jump=1500),
     Stage(steps=150, length=2048, batch=2, pairs=(40, 170), kinds=(0.0, 0.5, 0.5), joint=0.3, jump=1000),
     Stage(steps=150, length=4096, batch=1, pairs=(150, 341), kinds=(0.0, 0.4, 0.6), joint=0.3),
 )
@@ -117,11 +116,6 @@ SHORT = wording.TEMPLATES["short"]
 Row = list[tuple[str, float]]  # pieces of text, each with the weight of its loss
 
 
-def told(value: str) -> Row:
-    """An answer that the row determines."""
-    return [(value[0], FIRST), (value[1:], ANSWER)]
-
-
 def pairs_of(rng: np.random.Generator, n: int) -> list[tuple[str, str]]:
     """n different training keys with a value each; at times two keys differ in one letter."""
     keys = wording.word_keys(rng, n, "train")
@@ -142,37 +136,43 @@ def stream(rng: np.random.Generator, length: int, n: int) -> Row:
         fresh = used < n and (used == 0 or rng.random() > 0.4)
         key, value = pool[used if fresh else int(rng.integers(used))]
         used += fresh
-        out += [(key + "=", FORM), *([(value, 0.0)] if fresh else told(value)), (end, FORM)]
+        out += [(key + "=", FORM), (value, 0.0 if fresh else ANSWER), (end, FORM)]
         size += len(key) + 4 + len(end)
     return out
 
 
-def joint(rng: np.random.Generator, pairs: list[tuple[str, str]]) -> Row:
-    """One question for all of the pairs."""
+def joint(pairs: list[tuple[str, str]], copy: float) -> Row:
+    """One question for all of the pairs; `copy`: weight of the keys that the reply copies from the question."""
     keys, values = zip(*pairs, strict=True)
-    double = len(set(keys)) == 1  # the values of one key: which comes first is anyone's guess
-    out: Row = [(SHORT.ask(keys, double), FORM), *([(values[0], 0.3)] if double else told(values[0]))]
+    double = len(set(keys)) == 1  # the values of one key: which comes first is anyone's guess, the last is certain again
+    out: Row = [(SHORT.ask(keys, double), FORM), (values[0], 0.3 if double else ANSWER)]
     for i in range(1, len(keys)):
-        # the last of the values of one key is certain again, those between are not
-        out += [(f" ({'abcdefgh'[i]}) {keys[i]}=", ANSWER), *([(values[i], 0.3)] if double and i < len(keys) - 1 else told(values[i]))]
+        out += [(f" ({'abcdefgh'[i]}) {keys[i]}=", copy), (values[i], 0.5 if double and i < len(keys) - 1 else ANSWER)]
     return out
 
 
 def questions(rng: np.random.Generator, pairs: list[tuple[str, str]], most: int, share: float) -> Row:
-    """Up to `most` pairs are asked, each by itself or (a `share` of the questions) two to four at once."""
+    """Up to `most` pairs are asked, each by itself or, a `share` of the questions, two to four at once.
+
+    share=0 (the first stage): one joint question at most, at the end, so that the gradient is left to matching a key.
+    """
     asked = [pairs[i] for i in rng.permutation(len(pairs))[:most]]
     out: Row = []
+    last: list[tuple[str, str]] = []
+    if not share and len(asked) > 1 and rng.random() < 0.4:
+        n = int(rng.integers(2, 5))
+        last, asked = asked[:n] if rng.random() >= 0.3 else [], asked[n:]
     while asked:
-        n = int(rng.integers(2, 5)) if len(asked) > 1 and rng.random() < share else 1
+        n = int(rng.integers(2, 5)) if share and len(asked) > 1 and rng.random() < share else 1
         group, asked = asked[:n], asked[n:]
-        out += joint(rng, group) if len(group) > 1 else [(SHORT.ask([group[0][0]], False), FORM), *told(group[0][1])]
-    return out
+        out += joint(group, 1.0) if len(group) > 1 else [(SHORT.ask([group[0][0]], False), FORM), (group[0][1], ANSWER)]
+    return out + (joint(last, 0.5) if last else [])
 
 
 def facts(rng: np.random.Generator, length: int, n: int, most: int, share: float) -> Row:
     """n facts in text, then questions. In a `share` of the rows one key has two or three values."""
     pairs = pairs_of(rng, n)
-    if n > 3 and rng.random() < share:
+    if n > 3 and rng.random() < (share or 0.33):
         for i in range(1, int(rng.integers(2, 4))):
             pairs[i] = (pairs[0][0], pairs[i][1])
     unique = [p for p in pairs if sum(p[0] == k for k, _ in pairs) == 1]
@@ -180,7 +180,7 @@ def facts(rng: np.random.Generator, length: int, n: int, most: int, share: float
     tail = questions(rng, unique, most, share) if unique else []
     if double:
         rng.shuffle(double)
-        tail += joint(rng, double)
+        tail += joint(double, 1.0 if share else 0.5)
     sentences = [SHORT.fact(*p) for p in pairs]
     room = length + 1 - sum(len(t) for t, _ in tail) - sum(map(len, sentences))
     if room < n + 8:
@@ -199,7 +199,7 @@ def listing(rng: np.random.Generator, length: int, n: int, most: int, share: flo
     tail = questions(rng, pairs, most, share)
     body = "".join(SHORT.row(*p) for p in pairs)
     room = length + 1 - sum(len(t) for t, _ in tail) - len(body)
-    if room < 0:
+    if room < 0 and share:
         return listing(rng, length, max(2, int(0.85 * n)), max(2, most - 1), share)
     head = [(excerpt(rng, room - 1) + "\n", TEXT)] if room > 1 else []
     return [*head, (body, FORM), *tail]
@@ -212,7 +212,7 @@ def batch_of(stage: Stage, seed: int, step: int, done: float) -> dict[str, np.nd
     top = stage.pairs[0] + (stage.pairs[1] - stage.pairs[0]) * min(1.0, done / 0.8)
     ids, weight = np.ones((b, n + 1), np.int32), np.zeros((b, n + 1), np.float32)
     for i, kind in enumerate(rng.choice(3, b, p=stage.kinds)):
-        most = int(rng.integers(3, 5 + n // 48))
+        most = int(rng.integers(3, 5 + n // 48)) if stage.joint else 4
         if kind == 0:
             row = stream(rng, n, int(rng.integers(2, round(top) + 1)))
         elif kind == 1:
@@ -257,8 +257,8 @@ def make_loss(cfg: Config):
         nll = optax.softmax_cross_entropy_with_integer_labels(z, want)
         right = (jnp.argmax(z, -1) == want).astype(jnp.float32)
         mean = lambda x, mask: jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
-        first, rest, text = ((jnp.abs(weight - w) < 1e-6).astype(jnp.float32) for w in (FIRST, ANSWER, TEXT))
-        return mean(nll, weight), {"first": mean(right, first), "rest": mean(right, rest), "text_nll": mean(nll, text)}
+        answer, text = ((jnp.abs(weight - w) < 1e-6).astype(jnp.float32) for w in (ANSWER, TEXT))
+        return mean(nll, weight), {"answer": mean(right, answer), "answer_nll": mean(nll, answer), "text_nll": mean(nll, text)}
 
     return loss_fn
 
@@ -325,6 +325,13 @@ def agreement(big: tuple[Config, Any], draft: tuple[Config, Any], length: int = 
     return {"text": round(float((same[0] == same[1]).mean()), 4), "replies": round(float(np.mean(replies)), 4)}
 
 
+def text_nll(cfg: Config, params: Any, text: str, length: int = 512, rows: int = 64) -> float:
+    """Mean negative log likelihood, nats a character, of the first `rows` stretches of `length` characters of the text."""
+    ids = np.stack([encode(text[i * length : (i + 1) * length]) for i in range(rows)])
+    nll = jax.jit(lambda p, x: optax.softmax_cross_entropy_with_integer_labels(blocks.forward(cfg, p, x)[:, :-1], x[:, 1:]).mean())
+    return round(float(np.mean([nll(params, part) for part in np.split(ids, 8)])), 4)
+
+
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
@@ -352,8 +359,6 @@ def train(args: Args) -> None:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05, mask=matrices))
     # embeddings of std 0.7: with the usual small ones the first layers see characters too alike to match keys
     params = blocks.stack(blocks.init(cfg, jax.random.key(args.seed), embed_std=0.7))
-    # q and k are normed, so with weights 1 no logit exceeds sqrt(d), too little to single out one key of many
-    params["layers"] |= {name: 1.4 * params["layers"][name] for name in ("q_norm", "k_norm")}
     print(f"{name}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {steps} steps", flush=True)
     ends = np.cumsum([s.steps for s in stages])
 
@@ -376,7 +381,7 @@ def train(args: Args) -> None:
         print(f"after {end}:", evaluate(cfg, trained, (256, 512, 1024), 48), f"{time.time() - start:.0f} s", flush=True)
     metrics = folder / "metrics.jsonl"
     metrics.write_bytes((folder / "checkpoints" / "metrics.jsonl").read_bytes())
-    figures.curves(metrics, folder / "curves.png", ("loss", "first", "rest", "text_nll"), smooth=15)
+    figures.curves(metrics, folder / "curves.png", ("loss", "answer", "text_nll"), smooth=15)
     where = args.models / ("embedded_draft" if args.draft else "embedded")
     load.save(where, cfg, trained, tokenizer())
     print(f"wrote {where}", flush=True)
@@ -389,6 +394,10 @@ def report(args: Args) -> None:
         cfg, params, _ = load.load(args.models / name)
         both[name] = (cfg, params)
         out[name] = evaluate(cfg, params, args.lengths if name == "embedded" else args.lengths[:3], args.count)
+        out[name]["text_nll"] = {
+            "moby_dick_held_out": text_nll(cfg, params, books()[2]),
+            "haystack": text_nll(cfg, params, tasks.haystack()),
+        }
         print(name, json.dumps(out[name]), flush=True)
     out["draft_agreement"] = agreement(both["embedded"], both["embedded_draft"])
     (args.out / "eval.json").write_text(json.dumps(out, indent=1) + "\n")

@@ -1,1 +1,1 @@
-
+"""Decoders: configuration, blocks, prefill and step, loading and saving, text."""

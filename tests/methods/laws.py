@@ -383,7 +383,7 @@ def sharded(make):
     fn = jax.jit(lambda kv, evidence: call(method, kv, evidence))
     for axis in (0, 1):
 
-        def put(a):
+        def put(a, axis=axis):
             if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
                 return jax.device_put(a, jax.sharding.NamedSharding(mesh, jax.P()))
             whole = a.ndim <= axis or a.shape[axis] % 2 or (axis == 1 and a.ndim < 3) or a.shape[0] != B

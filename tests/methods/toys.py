@@ -193,7 +193,8 @@ def _step(policy):
 
 def drive(policy, q, k, v, live, prefill, keep=None, dtype=jnp.float32):
     """Prefill with the first rows of q, k, v [b e T d] (left-padded to `prefill`, live[i] of them alive), then a step for each other
-    row. A raw policy gets queries and keys before the rotary embedding of `freqs`. Yields (kv, state, attention output, attention row) after the prefill (without the last two) and after every step."""
+    row. A raw policy gets queries and keys before the rotary embedding of `freqs`. Yields (kv, state, attention output, attention row)
+    after the prefill (without the last two) and after every step."""
     q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
     kv = cache(k[:, :, :prefill], v[:, :, :prefill], live, dtype)
     first, seen = q[:, :, :prefill], kv

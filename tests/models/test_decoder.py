@@ -118,7 +118,7 @@ def test_rows_that_are_not_live_leave_no_trace(world):
     params, ids, _ = world
     _, layers = fill(PLAIN, 8)(params, prompt(world))
     _, a = stepper(PLAIN)(params, ids[:, 12:13], layers, jnp.array([[True], [False], [True]]))
-    assert a[0][0].kv.seen.tolist() == (LENGTHS + [1, 0, 1]).tolist() and a[0][0].kv.pos[1, 0, N] == -1
+    assert a[0][0].kv.seen.tolist() == (LENGTHS + np.array([1, 0, 1])).tolist() and a[0][0].kv.pos[1, 0, N] == -1
     got, _ = stepper(PLAIN)(params, ids[:, 12:13], a)
     want, _ = stepper(PLAIN)(params, ids[:, 12:13], layers)
     assert far(got[1], want[1]) < 1e-5

@@ -163,7 +163,3 @@ def test_wrong_arguments(untyped):
         rows(x, x.astype(jnp.bfloat16), y, q_pos=pos, k_pos=pos)
     with pytest.raises(ValueError, match="window is 0"):
         rows(x, x, y, q_pos=pos, k_pos=pos, window=0)
-    with pytest.raises(ValueError, match="width is 4; it must be odd"):
-        pool(y, 4)
-    with pytest.raises(ValueError, match="kind is 'min'"):
-        pool(y, 3, "min")
