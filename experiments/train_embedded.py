@@ -15,6 +15,7 @@ pairs with the questions at the end, at growing lengths. Jumps in the positions 
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -271,29 +272,35 @@ def _greedy(cfg: Config, params: Any, ids: jax.Array, live: jax.Array) -> jax.Ar
     return jnp.argmax(blocks.forward(cfg, params, ids, live), -1)
 
 
+def replies(e: tasks.Example) -> list[str]:
+    """The perfect continuations of a case's question: the values of one key may come in any order."""
+    keys = re.findall(r"(?:\) |Remember )([a-z]+)=", e.question.split(":")[0])
+    orders = [e.answers] if len(set(keys)) == len(keys) else itertools.permutations(e.answers)
+    return [SHORT.reply(keys, order) for order in orders]
+
+
+def padded(texts: list[str], width: int) -> np.ndarray:
+    """Ids i32 [b width] of texts, left-padded with 0."""
+    out = np.zeros((len(texts), width), np.int32)
+    for row, text in zip(out, map(encode, texts), strict=True):
+        row[width - len(text) :] = text
+    return out
+
+
 def exact(cfg: Config, params: Any, cases: list[tasks.Example], length: int) -> float:
-    """Fraction of the cases whose greedy continuation is the perfect one, all answers right (for one key, in any order).
+    """Fraction of the cases whose greedy continuation is a perfect one, all answers right.
 
     Teacher forcing gives the same verdict as generating: greedy text equals the wanted text if and only if each next token does.
     """
-    rows = []
-    for i, e in enumerate(cases):
-        keys = re.findall(r"(?:\) |Remember )([a-z]+)=", e.question.split(":")[0])
-        orders = [e.answers] if len(set(keys)) == len(keys) else [e.answers, e.answers[::-1]]
-        rows += [(i, e.context + e.question, SHORT.reply(keys, order)) for order in orders]
-    size = max(1, 8192 // length)
-    good = np.zeros(len(cases), bool)
-    width = length + 32
+    rows = [(i, e.context + e.question, reply) for i, e in enumerate(cases) for reply in replies(e)]
+    good, size = np.zeros(len(cases), bool), max(1, 8192 // length)
     for at in range(0, len(rows), size):
         part = rows[at : at + size]
-        ids = np.zeros((size, width), np.int32)
-        for j, (_, text, reply) in enumerate(part):
-            both = encode(text + reply)
-            ids[j, width - len(both) :] = both
+        ids = padded([text + reply for _, text, reply in part] + [""] * (size - len(part)), length + 32)
         out = np.asarray(_greedy(cfg, params, ids, ids > 0))
-        for j, (i, _, reply) in enumerate(part):
+        for (i, _, reply), row, want in zip(part, out, ids, strict=False):
             n = len(reply)
-            good[i] |= bool((out[j, -n - 1 : -1] == ids[j, -n:]).all())
+            good[i] |= bool((row[-n - 1 : -1] == want[-n:]).all())
     return float(good.mean())
 
 
@@ -309,20 +316,14 @@ def evaluate(cfg: Config, params: Any, lengths: tuple[int, ...], count: int) -> 
 def agreement(big: tuple[Config, Any], draft: tuple[Config, Any], length: int = 512, rows: int = 64) -> dict[str, float]:
     """How often the draft's greedy next token is the big model's: in unseen text, and in the replies to retrieval questions."""
     text = tasks.haystack()
-    ids = np.stack([encode(text[i * length : (i + 1) * length]) for i in range(rows)])
-    same = [np.asarray(_greedy(c, p, ids, ids >= 0)) for c, p in (big, draft)]
-    replies = []
+    both = lambda ids: [np.asarray(_greedy(c, p, ids, ids > 0)) for c, p in (big, draft)]
+    a, b = both(padded([text[i * length : (i + 1) * length] for i in range(rows)], length))
+    shares = []
     for t in TASKS:
-        cases = [e for e in tasks.examples(t, rows, length=length, seed=2) if e.length == length or t == "kv_recall"]
-        for e in cases:
-            keys = re.findall(r"(?:\) |Remember )([a-z]+)=", e.question.split(":")[0])
-            reply = SHORT.reply(keys, e.answers)
-            both = encode(e.context + e.question + reply)
-            row = np.zeros((1, length + 32), np.int32)
-            row[0, -len(both) :] = both
-            a, b = (np.asarray(_greedy(c, p, row, row > 0))[0, -len(reply) - 1 : -1] for c, p in (big, draft))
-            replies.append((a == b).mean())
-    return {"text": round(float((same[0] == same[1]).mean()), 4), "replies": round(float(np.mean(replies)), 4)}
+        cases = [(e.context + e.question, replies(e)[0]) for e in tasks.examples(t, rows, length=length, seed=2)]
+        c, d = both(padded([text + reply for text, reply in cases], length + 32))
+        shares += [(x[-n - 1 : -1] == y[-n - 1 : -1]).mean() for x, y, n in zip(c, d, (len(r) for _, r in cases), strict=True)]
+    return {"text": round(float((a == b).mean()), 4), "replies": round(float(np.mean(shares)), 4)}
 
 
 def text_nll(cfg: Config, params: Any, text: str, length: int = 512, rows: int = 64) -> float:
@@ -342,7 +343,7 @@ class Args:
     draft: bool = False
     evaluate: bool = False
     seed: int = 0
-    rate: float = 3e-3  # peak learning rate
+    rate: float | None = None  # peak learning rate; None = 3e-3, of the draft 4e-3
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # of --evaluate
     count: int = 200  # cases a task and length of --evaluate
     out: pathlib.Path = ROOT / "experiments" / "results" / "embedded"
@@ -354,11 +355,16 @@ def train(args: Args) -> None:
     folder = args.out / name
     stages = CURRICULUM[:4] if args.draft else CURRICULUM
     steps = sum(s.steps for s in stages)
-    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, 100, steps, 0.03 * args.rate)
+    peak = args.rate or (4e-3 if args.draft else 3e-3)
+    rate = optax.warmup_cosine_decay_schedule(0.0, peak, 100, steps, 0.03 * peak)
     matrices = lambda p: jax.tree.map(lambda x: x.ndim > 1 and min(x.shape[-2:]) > cfg.layers, p)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05, mask=matrices))
     # embeddings of std 0.7: with the usual small ones the first layers see characters too alike to match keys
     params = blocks.stack(blocks.init(cfg, jax.random.key(args.seed), embed_std=0.7))
+    if args.draft:
+        # a direction that all tokens share: what a head needs to look at the characters before, whatever they are
+        params["embed"] += 0.7 * jax.random.normal(jax.random.key(args.seed + 1), (1, cfg.width))
+        params["layers"] |= {k: 1.4 * params["layers"][k] for k in ("q_norm", "k_norm")}
     print(f"{name}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {steps} steps", flush=True)
     ends = np.cumsum([s.steps for s in stages])
 

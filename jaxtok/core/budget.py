@@ -26,7 +26,7 @@ def keep(ratio: float | int, live: jax.Array) -> jax.Array:
     return jnp.maximum(whole * p + (2 * p * rest + q) // (2 * q), 1).astype(jnp.int32)
 
 
-def per_head(keep, heads: tuple[int, int], cap: int) -> jax.Array:
+def per_head(keep, heads: tuple[int, ...], cap: int) -> jax.Array:
     """i32 [b g]: a budget given as int, [b], [b 1] or [b g], never above `cap`; None = `cap`. `heads` = (b, g)."""
     if keep is None:
         return jnp.full(heads, cap, jnp.int32)

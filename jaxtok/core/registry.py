@@ -5,27 +5,32 @@ import difflib
 import functools
 import types
 import typing
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from jaxtok.core.types import Protect
 
 SITES = ("prompt", "vit", "select", "layers", "sparsify", "attention", "cache", "policy", "reader", "heads", "edits")  # fields of Recipe
 _REGISTRY: dict[str, type] = {}
+T = TypeVar("T")
 
 
-def register(name: str, *, paper: str, site: str):
+def register(name: str, *, paper: str, site: str) -> Callable[[type[T]], type[T]]:
     """Class decorator: makes a method known under `name` and sets its `name`, `paper` and `site` (a Recipe field).
 
     ValueError for a name that is taken, a site that is not a Recipe field, or a method that is no frozen dataclass.
     """
 
-    def add(cls):
+    def add(cls: Any) -> Any:
         old = _REGISTRY.get(name)
         if old is not None and (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"method {name!r} is registered twice: {old.__module__}.{old.__qualname__} and {cls.__module__}.{cls.__qualname__}")
+            raise ValueError(
+                f"method {name!r} is registered twice: {old.__module__}.{old.__qualname__} and {cls.__module__}.{cls.__qualname__}"
+            )
         if site not in SITES:
             raise ValueError(f"method {name!r}: site {site!r} must be one of {', '.join(SITES)}")
-        if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:
+        dataclass = getattr(cls, "__dataclass_params__", None)
+        if dataclass is None or not dataclass.frozen:
             raise ValueError(f"method {name!r} must be a frozen dataclass")
         cls.name, cls.paper, cls.site = name, paper, site
         _REGISTRY[name] = cls

@@ -9,14 +9,16 @@ One program serves all tasks, cases and lengths of a static shape; the methods o
 A budget in percent is that share of each row's own live tokens, inside a capacity that is that share of the static length.
 """
 
+import concurrent.futures
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jaxtok.core import registry
 from jaxtok.evals import cases, perplexity, tasks
-from jaxtok.evals.measure import FULL, SITES, Work, recipe_of
+from jaxtok.evals.measure import FULL, Work, recipe_of, site_of
 from jaxtok.models.config import Config
 from jaxtok.models.text import Tokenizer
 
@@ -56,9 +58,9 @@ class Options:
         if not 0 < self.skip < 1:
             raise ValueError(f"skip must be between 0 and 1, got {self.skip}")
         for spec in self.methods:
-            site = registry.get(spec.partition(":")[0].strip()).site
-            if site not in SITES:
-                raise ValueError(f"{spec!r} acts at site {site!r}; compare takes methods of the sites {', '.join(SITES)}")
+            site_of(spec)
+            if ":" in spec:
+                registry.build(spec, 1 << 30)  # what is wrong with it at any budget
         for text in self.budgets:
             registry.parse_budget(text)
         known = (*tasks.TASKS, PERPLEXITY)
@@ -76,24 +78,30 @@ class Result(NamedTuple):
     notes: list[str]
 
 
-def fitted(specs: Iterable[str], cfg: Config, capacity: int) -> tuple[tuple[str, ...], list[str]]:
-    """Bare names that work at `capacity` on this model, and a note on each of the others.
+def fitted(specs: Iterable[str], cfg: Config, capacity: int, *, leave_out: bool) -> tuple[tuple[str, ...], list[str]]:
+    """Specs made to work at `capacity` on this model, and notes on what was changed or (`leave_out`) left out.
 
-    A window that would not leave two thirds of the smallest budget free is made smaller, and the spec says so.
+    Of a bare name, a window that has no room is made a power of two that leaves two thirds of the capacity free; the new spec says so.
+    Specs with options stay as they are. ValueError for what does not work, unless it may be left out.
     """
     good, notes = [], []
     window = 2 ** max(0, int(math.log2(max(1, capacity // 3))))
     for spec in specs:
-        reason = ""
-        for attempt in (spec, f"{spec}:window={window}"):
+        if ":" in spec:
+            good.append(spec)
+            continue
+        try:
+            recipe_of(spec, capacity).validate(cfg)
+            good.append(spec)
+        except ValueError as e:
             try:
-                recipe_of(attempt, capacity).validate(cfg)
-                good.append(attempt)
-                break
-            except ValueError as e:
-                reason = reason or str(e)
-        else:
-            notes.append(f"left out: {reason}")
+                recipe_of(f"{spec}:window={window}", capacity).validate(cfg)
+                good.append(f"{spec}:window={window}")
+                notes.append(f"{spec} has window={window}, so that it fits into {capacity} slots")
+            except ValueError:
+                if not leave_out:
+                    raise e from None
+                notes.append(f"left out: {e}")
     return tuple(good), notes
 
 
@@ -130,26 +138,39 @@ def run(cfg: Config, params: Any, tokenizer: Tokenizer, options: Options, progre
         if cases.slots(registry.parse_budget(budget), n) > n
     ]
     work = Work(cfg, params, tokenizer, options.batch, options.repeats, options.seed)
-    total, done, rows, kept = len(plan) * len(lengths) + len(lengths), 0, [], []
+    units = [(g, spec, budget) for g in groups for spec, budget in plan]
+    total, rows, kept = 2 * (len(units) + len(groups)) + len(plan) * (windows is not None), [], []
+    tick = _Counter(progress, total)
+    # compiling takes longest and barely uses a second core by itself; nothing is timed while it goes on
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(4, os.cpu_count() or 1))) as pool:
+        jobs = [pool.submit(work.logits_of, g) for g in groups] + [pool.submit(work.programs_of, *unit) for unit in units]
+        try:
+            for job in concurrent.futures.as_completed(jobs):
+                job.result()
+                tick("compiling")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     for g in groups:
-        progress(done, total, "the full model")
         reference = work.reference(g)
-        done += 1
+        tick("the full model")
         for spec, budget in plan:
-            progress(done, total, f"{spec} at {budget}")
             more, map_ = work.measure(g, reference, spec, budget)
             rows += more
             kept.append(map_)
-            done += 1
+            tick(f"{spec} at {budget}")
     if windows is not None:
         for spec, budget in plan:
-            progress(done, total, f"perplexity of {spec} at {budget}")
-            rows.append(work.perplexity(windows, spec, budget, max(1, int(windows.shape[1] * options.skip))))
-            done += 1
-    progress(total, total, "done")
+            rows.append(work.perplexity(windows, spec, budget, max(1, round(windows.shape[1] * options.skip))))
+            tick(f"perplexity, {spec} at {budget}")
     return Result([{**r, "query_aware": options.query_aware} for r in rows], kept, list(dict.fromkeys(notes)))
 
 
-def tasks_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The scored tasks of some rows, in order."""
-    return list(dict.fromkeys(r["task"] for r in rows if r["task"] != PERPLEXITY))
+class _Counter:
+    def __init__(self, progress: Progress, total: int):
+        self.progress, self.total, self.done = progress, total, 0
+        progress(0, total, "compiling")
+
+    def __call__(self, text: str) -> None:
+        self.done += 1
+        self.progress(self.done, self.total, text)

@@ -26,10 +26,30 @@ SITES = ("cache", "policy", "reader")
 FULL = "full"
 
 
+def site_of(spec: str) -> str:
+    """The site of the method that a spec names; ValueError unless it is one of SITES."""
+    site = registry.get(spec.partition(":")[0].strip()).site
+    if site not in SITES:
+        raise ValueError(f"{spec!r} acts at site {site!r}; this takes methods of the sites {', '.join(SITES)}")
+    return site
+
+
 def recipe_of(spec: str, capacity: int) -> Recipe:
     """The recipe that puts the method of `spec` at its site; full = the plain model."""
     method = registry.build(spec, capacity)
     return PLAIN if method.name == FULL else Recipe(**{method.site: method})
+
+
+class Used(NamedTuple):
+    """What a method at a budget runs."""
+
+    recipe: Recipe
+    capacity: int
+    params: Any
+    prefill: Program
+    decode: Program
+    compare: Program
+    cache_bytes: int  # of a batch, while decoding
 
 
 class Reference(NamedTuple):
@@ -55,41 +75,48 @@ class Work:
     def __post_init__(self):
         self.key = jax.random.key(self.seed)
 
-    # --- the programs -------------------------------------------------------------------------------------------------
-
-    def prefill(self, recipe: Recipe, params: Any, rows: Rows, keep: Any, new: int) -> Program:
-        args = (params, rows, keep, self.key)
-        return self.programs.get("prefill", (recipe, new), functools.partial(_prefill, self.cfg, recipe, new), args)
-
-    def decode(self, recipe: Recipe, params: Any, tokens, layers, keep: Any, new: int) -> Program:
-        fn = functools.partial(_decode, self.cfg, recipe, new)
-        return self.programs.get("decode", (recipe, new), fn, (params, tokens, layers, keep, self.key), donate=(2,), trips=new - 1)
-
-    def compare(self, recipe: Recipe, params: Any, tokens, layers, keep: Any, ids, live, logits) -> Program:
-        fn = functools.partial(_compare, self.cfg, recipe)
-        return self.programs.get("compare", recipe, fn, (params, tokens, layers, keep, self.key, ids, live, logits))
-
     def learned(self, recipe: Recipe) -> Any:
         """The parameters, with those of the methods where they have any."""
         own = recipe.init_params(self.key, self.cfg)
         return self.params | {"methods": own} if jax.tree.leaves(own) else self.params
 
-    # --- the measurements ---------------------------------------------------------------------------------------------
+    def programs_of(self, g: Group, spec: str, budget: str) -> Used:
+        """What a method at a budget runs on the shapes of a group; compiled unless they are there already."""
+        size = registry.parse_budget(budget)
+        capacity = cases.slots(size, g.context)
+        recipe = recipe_of(spec, capacity)
+        later, params = recipe.replace(cache=None), self.learned(recipe)
+        _, rows = cases.batches(g, self.batch)[0]
+        keep, after = keeps(recipe, cases.keep(size, rows.live), capacity)
+        fn = functools.partial(_prefill, self.cfg, recipe, g.new)
+        prefill = self.programs.get("prefill", (recipe, g.new), fn, (params, rows, keep, self.key))
+        tokens, layers, *_ = prefill.out
+        fn = functools.partial(_decode, self.cfg, later, g.new)
+        state = (params, tokens, layers, after, self.key)
+        decode = self.programs.get("decode", (later, g.new), fn, state, donate=(2,), trips=g.new - 1)
+        ids = jax.ShapeDtypeStruct((self.batch, g.new), jnp.int32)
+        live = jax.ShapeDtypeStruct(ids.shape, jnp.bool)
+        logits = jax.ShapeDtypeStruct((g.new, self.batch, self.cfg.vocab), jnp.float32)
+        compare = self.programs.get("compare", later, functools.partial(_compare, self.cfg, later), (*state, ids, live, logits))
+        return Used(recipe, capacity, params, prefill, decode, compare, nbytes(layers))
+
+    def logits_of(self, g: Group) -> tuple[Used, Program]:
+        """The full model's programs."""
+        used = self.programs_of(g, FULL, "100%")
+        tokens, layers, *_ = used.prefill.out
+        ids = jax.ShapeDtypeStruct((self.batch, g.new), jnp.int32)
+        live = jax.ShapeDtypeStruct(ids.shape, jnp.bool)
+        return used, self.programs.get("logits", None, functools.partial(_logits, self.cfg), (self.params, tokens, layers, ids, live))
 
     def reference(self, g: Group) -> Reference:
         """The full model's greedy continuation of every case, and its logits along it."""
         out = Reference([], [], [])
+        used, logits = self.logits_of(g)
         for _, rows in cases.batches(g, self.batch):
-            prefill = self.prefill(PLAIN, self.params, rows, None, g.new)
-            tokens, layers, *_ = prefill.call(self.params, rows, None, self.key)
-            shapes = jax.eval_shape(lambda x: x, layers)
-            decode = self.decode(PLAIN, self.params, tokens, shapes, None, g.new)
-            said = decode.call(self.params, tokens, layers, None, self.key)[0]
-            live = said >= 0
-            ids = jnp.maximum(said, 0)
-            tokens, layers, *_ = prefill.call(self.params, rows, None, self.key)
-            fn = functools.partial(_logits, self.cfg)
-            logits = self.programs.get("logits", None, fn, (self.params, tokens, layers, ids, live))
+            tokens, layers, *_ = used.prefill.call(self.params, rows, None, self.key)
+            said = used.decode.call(self.params, tokens, layers, None, self.key)[0]
+            live, ids = said >= 0, jnp.maximum(said, 0)
+            tokens, layers, *_ = used.prefill.call(self.params, rows, None, self.key)
             out.ids.append(ids)
             out.live.append(live)
             out.logits.append(logits.call(self.params, tokens, layers, ids, live))
@@ -97,54 +124,45 @@ class Work:
 
     def measure(self, g: Group, reference: Reference, spec: str, budget: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """(the rows of a method at a budget, the map of what it kept of the first case)."""
-        size = registry.parse_budget(budget)
-        capacity = cases.slots(size, g.context)
-        recipe = recipe_of(spec, capacity)
-        later = recipe.replace(cache=None)
-        params = self.learned(recipe)
+        used = self.programs_of(g, spec, budget)
+        size, params = registry.parse_budget(budget), used.params
         seconds: list[float] = []
         found: list[dict[str, Any]] = []
-        used: dict[str, Program] = {}
-        map_, bytes_ = {}, 0
-        for i, (mine, rows) in enumerate(cases.batches(g, self.batch)):
-            keep, after = _keep(recipe, cases.keep(size, rows.live), capacity)
-            used["prefill"] = prefill = self.prefill(recipe, params, rows, keep, g.new)
-            tokens, layers, count, where = prefill.call(params, rows, keep, self.key)
-            bytes_ = nbytes(layers)
-            ids, live, logits = reference.ids[i], reference.live[i], reference.logits[i]
-            kl, same = self.compare(later, params, tokens, layers, after, ids, live, logits).call(
-                params, tokens, layers, after, self.key, ids, live, logits
-            )
-            used["decode"] = decode = self.decode(later, params, tokens, layers, after, g.new)
-            said, lost = jax.tree.map(np.asarray, decode.call(params, tokens, layers, after, self.key)[:2])
-            found += _cases(mine, said, self.tokenizer, np.asarray(kl).T, np.asarray(same).T, np.asarray(live), np.asarray(count), lost)
+        map_: dict[str, Any] = {}
+        todo = cases.batches(g, self.batch)
+        # the first run of a program pays for its buffers and is not timed; runs beyond the batches are for the clock only
+        for i in range(max(len(todo), self.repeats + 1)):
+            mine, rows = todo[i % len(todo)]
+            keep, after = keeps(used.recipe, cases.keep(size, rows.live), used.capacity)
+            (tokens, layers, count, where), a = timed(used.prefill.call, params, rows, keep, self.key)
+            if i < len(todo):
+                target = reference.ids[i], reference.live[i], reference.logits[i]
+                kl, same = used.compare.call(params, tokens, layers, after, self.key, *target)
+            (said, lost, _), b = timed(used.decode.call, params, tokens, layers, after, self.key)
+            seconds += [a + b] if i else []
+            if i < len(todo):
+                facts = [np.asarray(x) for x in (said, lost, count, kl.T, same.T, reference.live[i])]
+                found += _cases(mine, self.tokenizer, *facts)
             if i == 0:
                 map_ = _map(spec, budget, mine[0], np.asarray(where[0]), len(mine[0].context))
-        # the first run of a program pays for its buffers: what is timed comes after
-        _, rows = cases.batches(g, self.batch)[0]
-        keep, after = _keep(recipe, cases.keep(size, rows.live), capacity)
-        for _ in range(self.repeats):
-            out, a = timed(used["prefill"].call, params, rows, keep, self.key)
-            _, b = timed(used["decode"].call, params, out[0], out[1], after, self.key)
-            seconds.append(a + b)
-        facts = self._facts(spec, budget, capacity, used, bytes_, statistics.median(seconds), g.new)
+        facts = self._facts(spec, budget, used, statistics.median(seconds), g.new)
         return [row(facts, [f for f in found if f["case"] == where]) for where in dict.fromkeys(f["case"] for f in found)], map_
 
-    def _facts(self, spec, budget, capacity, used: dict[str, Program], bytes_: int, seconds: float, new: int) -> dict[str, Any]:
-        b, prefill, decode = self.batch, used["prefill"], used["decode"]
-        peaks = [p.peak for p in used.values() if p.peak is not None]
+    def _facts(self, spec: str, budget: str, used: Used, seconds: float, new: int) -> dict[str, Any]:
+        b, prefill, decode = self.batch, used.prefill, used.decode
+        peaks = [p.peak for p in (prefill, decode) if p.peak is not None]
         return {
             "method": spec,
             "budget": budget,
-            "capacity": capacity,
-            "cache_bytes": bytes_ / b,
+            "capacity": used.capacity,
+            "cache_bytes": used.cache_bytes / b,
             "prefill_flops": prefill.flops / b,
             "prefill_bytes": prefill.bytes / b,
             "step_flops": decode.flops / new / b,
             "step_bytes": decode.bytes / new / b,
             "uncounted": sorted({*prefill.unknown, *decode.unknown}),
             "peak_bytes": max(peaks) if peaks else None,
-            "compile_s": sum(p.compile_s for p in used.values()),
+            "compile_s": prefill.compile_s + decode.compile_s,
             "time_s": seconds,
             "batch": b,
             "new": new,
@@ -174,7 +192,7 @@ class Work:
         }
 
 
-def _keep(recipe: Recipe, share: jax.Array | None, capacity: int) -> tuple[dict[str, jax.Array] | None, dict[str, jax.Array] | None]:
+def keeps(recipe: Recipe, share: jax.Array | None, capacity: int) -> tuple[dict[str, jax.Array] | None, dict[str, jax.Array] | None]:
     """Traced budgets of the prefill, and of the steps that follow."""
     site = "cache" if recipe.cache is not None else "policy" if recipe.policy is not None else None
     if site is None or share is None:
@@ -183,7 +201,7 @@ def _keep(recipe: Recipe, share: jax.Array | None, capacity: int) -> tuple[dict[
     return keep, keep if site == "policy" else None
 
 
-def _cases(mine, said, tokenizer, kl, same, live, count, lost) -> list[dict[str, Any]]:
+def _cases(mine, tokenizer, said, lost, count, kl, same, live) -> list[dict[str, Any]]:
     """What is known of each case of a batch; rows past the cases are padding."""
     out = []
     for i, case in enumerate(mine):

@@ -1,5 +1,6 @@
 """Programs compiled once and shared by all that has the same shapes, each with its cost, memory and compile time."""
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ class Program(NamedTuple):
     """A compiled function and what is known of it before it runs."""
 
     call: Callable[..., Any]
-    compile_s: float  # tracing, lowering and compiling
+    out: Any  # shapes and dtypes of what it returns
+    compile_s: float  # wall seconds for tracing, lowering and compiling, beside whatever else was compiling
     flops: float  # of one call, counted from the jaxpr
     bytes: float  # moved by one call
     unknown: tuple[str, ...]  # what the counts only guessed
@@ -21,10 +23,12 @@ class Program(NamedTuple):
 
 
 class Programs:
-    """Compiles on the first call for a (name, static things, shapes) and hands the same program out afterwards."""
+    """Compiles on the first call for a (name, static things, shapes) and hands the same program out afterwards; threads may share it."""
 
     def __init__(self) -> None:
         self._held: dict[Any, Program] = {}
+        self._locks: dict[Any, threading.Lock] = {}
+        self._guard = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._held)
@@ -32,21 +36,32 @@ class Programs:
     def get(
         self, name: str, static: Any, fn: Callable[..., Any], args: Sequence[Any], *, donate: tuple[int, ...] = (), trips: int | None = None
     ) -> Program:
-        """The program of `fn(*args)`. `static`: hashable, all that `fn` depends on besides `args`. `trips`: of its while loops."""
+        """The program of `fn(*args)`; args are arrays or shapes. `static`: hashable, all that `fn` depends on besides `args`.
+
+        `trips`: how often its while loops run, for the counts. `donate`: args whose buffers the call may use up.
+        """
         leaves, tree = jax.tree.flatten(args)
         key = (name, static, tree, tuple((x.shape, str(x.dtype)) for x in leaves))
-        if key not in self._held:
-            start = time.perf_counter()
-            traced = jax.jit(fn, donate_argnums=donate).trace(*args)
-            compiled = traced.lower().compile()
-            seconds = time.perf_counter() - start
-            counted = cost.count_jaxpr(traced.jaxpr, trips=trips)
-            try:
-                peak = cost.peak_memory(compiled)
-            except NotImplementedError:
-                peak = None
-            self._held[key] = Program(compiled, seconds, counted.flops, counted.bytes, counted.unknown, peak)
+        with self._guard:
+            lock = self._locks.setdefault(key, threading.Lock())
+        with lock:
+            if key not in self._held:
+                self._held[key] = _compile(fn, args, donate, trips)
         return self._held[key]
+
+
+def _compile(fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...], trips: int | None) -> Program:
+    start = time.perf_counter()
+    traced = jax.jit(fn, donate_argnums=donate).trace(*args)
+    compiled = traced.lower().compile()
+    seconds = time.perf_counter() - start
+    counted = cost.count_jaxpr(traced.jaxpr, trips=trips)
+    try:
+        peak = cost.peak_memory(compiled)
+    except NotImplementedError:
+        peak = None
+    out = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), traced.out_info)
+    return Program(compiled, out, seconds, counted.flops, counted.bytes, counted.unknown, peak)
 
 
 def timed(call: Callable[..., Any], *args: Any) -> tuple[Any, float]:
@@ -57,5 +72,5 @@ def timed(call: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all arrays in `tree`."""
+    """Bytes of all arrays (or shapes) in `tree`."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -16,7 +16,11 @@ from jaxtok.core.types import Needs
 from tests.methods.laws import LAWS, makers
 
 # (label, law): the reason, from the method's card. A row whose law holds is stale and fails.
-EXEMPT: dict[tuple[str, str], str] = {}
+_MOVED = "keys move to compact positions by design: the masked full cache keeps the old distances"
+EXEMPT: dict[tuple[str, str], str] = {
+    ("key_rerotation", "dropped_equals_masked"): _MOVED,
+    ("key_rerotation-ada_kv", "dropped_equals_masked"): _MOVED,
+}
 
 CASES = [(label, make) for name in registry.names() for label, make in makers(name).items()]
 SECONDS: collections.Counter = collections.Counter()

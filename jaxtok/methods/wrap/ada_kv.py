@@ -41,7 +41,7 @@ class AdaKV(CacheCompressor):
 
     base: CacheScorer
     alpha: float = 0.2
-    slack: float = 2.0
+    slack: float = 1.5
     skip: int = 0
     normalize: bool = False
     variant: str = "paper"

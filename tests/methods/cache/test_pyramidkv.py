@@ -23,7 +23,7 @@ def slots(n, layers, **options):
 
 
 def test_by_hand():
-    """capacity 40, window 8, beta 20: c = 32, min 1, max 63. In 100 slots: 63 .. 1, plus 8. In 64 the first is cut to 56, so the last is 8."""
+    """capacity 40, window 8, beta 20: c = 32, min 1, max 63. In 100 slots: 63 .. 1, plus 8. In 64 the first is cut to 56, the last is 8."""
     long = dict(capacity=40, window=8, beta=20)
     assert slots(100, 3, **long) == [71, 40, 9]
     assert slots(64, 6, **long) == [64, 54, 45, 35, 26, 16]  # 56 46.4 36.8 27.2 17.6 8, rounded

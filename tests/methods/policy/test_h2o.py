@@ -127,7 +127,7 @@ def rotate(x, ids, theta=1e4):
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_official_real_drop(data, compact):
-    """FMInference/H2O, real drop at absolute and at rolled positions: kept tokens, accumulated scores and the layer's output after every step."""
+    """FMInference/H2O, real drop at absolute and at rolled positions: kept tokens, scores and outputs at every step."""
     z = np.load(data / "golden" / ("h2o_real_drop_streaming.npz" if compact else "h2o_real_drop.npz"))
     q, k, v = layer(z)
     ids, n = np.arange(q.shape[2]), int(z["c1_n_prefill"])

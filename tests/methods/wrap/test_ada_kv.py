@@ -16,7 +16,7 @@ from tests.methods.wrap.given import NOTHING, Given, cache, kept, run
 
 small = {
     "ada_kv": lambda capacity: AdaKV(base=SnapKV(capacity=capacity, window=2, pool=3)),
-    "ada_kv-kvpress": lambda capacity: AdaKV(base=SnapKV(capacity=capacity, window=2, pool=3), variant="kvpress", slack=1.5),
+    "ada_kv-kvpress": lambda capacity: AdaKV(base=SnapKV(capacity=capacity, window=2, pool=3), variant="kvpress", slack=1.25),
 }
 HAND = [[[9.0, 8.0, 7.0, 6.0], [5.0, 1.0, 0.5, 0.2]]]
 
@@ -31,7 +31,7 @@ def test_budgets_by_hand():
         (dict(alpha=0.5, variant="kvpress"), [3, 1]),  # one each is safe, the other two are the best left
         (dict(alpha=0.4, variant="kvpress"), [4, 0]),  # floor(0.8) = 0 safe
     ]
-    outs = run(*((AdaKV(base=Given(capacity=2), **options), cache(HAND)) for options, _ in table))
+    outs = run(*((AdaKV(base=Given(capacity=2), slack=2.0, **options), cache(HAND)) for options, _ in table))
     for (options, want), out in zip(table, outs, strict=True):
         assert kept(out) == [[[0, 1, 2, 3][: want[0]], [0, 1, 2, 3][: want[1]]]], f"each head keeps its own best: {options}"
         assert not out.lost.any()
@@ -140,7 +140,7 @@ def test_bf16_is_ranked_as_its_own_numbers_in_float32():
 def test_normalize_weighs_a_head_by_what_its_best_hold():
     # head 0: the best two hold all of its attention; head 1: half of it, spread evenly over four
     kv = cache([[[4.0, 4.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0]]])
-    plain, weighed = run(*((AdaKV(base=Given(capacity=2), alpha=0.0, normalize=on), kv) for on in (False, True)))
+    plain, weighed = run(*((AdaKV(base=Given(capacity=2), alpha=0.0, slack=2.0, normalize=on), kv) for on in (False, True)))
     assert [len(h) for h in kept(plain)[0]] == [0, 4] and [len(h) for h in kept(weighed)[0]] == [2, 2]
 
 

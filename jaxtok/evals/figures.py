@@ -1,0 +1,134 @@
+"""Figures of a comparison: score against memory, needle heat maps, which tokens were kept."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxtok.evals import report
+
+MARKS = "osD^v<>pPX*h"
+
+
+def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, np.ndarray]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: it keeps figures alive in global state and may ask for a display
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def pareto(rows: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.Path | None:
+    """Mean score against the bytes of a sequence's cache, a line a method; the full model is the dashed line. None without scores."""
+    table = [line for line in report.summary(rows) if line["score"] is not None]
+    if not table:
+        return None
+    figure, axes = _new(8.5, 5)
+    axis = axes[0, 0]
+    names = list(dict.fromkeys(line["method"] for line in table))
+    for i, name in enumerate(names):
+        mine = sorted((line for line in table if line["method"] == name), key=lambda line: line["cache_bytes"])
+        x, y = [line["cache_bytes"] / 1024 for line in mine], [line["score"] for line in mine]
+        if name == "full":
+            axis.axhline(y[0], color="0.4", linestyle="--", linewidth=1)
+            axis.plot(x, y, marker="*", markersize=13, color="0.2", linestyle="", label=name)
+        else:
+            axis.plot(x, y, marker=MARKS[i % len(MARKS)], color=f"C{i % 10}", linewidth=1.3, alpha=0.85, label=name)
+    axis.set_xscale("log")
+    axis.set_xlabel("cache of one sequence, KiB (all arrays)")
+    axis.set_ylabel(f"score, mean of {', '.join(report.tasks_of(rows))}")
+    axis.set_ylim(-0.03, 1.03)
+    axis.grid(alpha=0.3, which="both")
+    axis.set_title("question seen when compressing" if rows[0].get("query_aware") else "question not seen when compressing")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(out, dpi=130)
+    return out
+
+
+def needles(rows: Sequence[dict[str, Any]], out: pathlib.Path, bins: int = 5) -> pathlib.Path | None:
+    """Heat maps of the needle task: a row of panels a method, a panel a budget; depth down, length across. None without needles."""
+    mine = [r for r in rows if r["task"] == "needle"]
+    if not mine:
+        return None
+    names, budgets = ([*dict.fromkeys(r[k] for r in mine if r["method"] != "full")] for k in ("method", "budget"))
+    full = any(r["method"] == "full" for r in mine)
+    names, budgets = (["full"] if full else []) + names, budgets or ["100%"]
+    lengths = sorted({r["length"] for r in mine})
+    figure, axes = _new(1.2 + 1.9 * len(budgets), 0.8 + 1.25 * len(names), len(names), len(budgets))
+    image = None
+    for i, name in enumerate(names):
+        for j, budget in enumerate(budgets):
+            axis = axes[i, j]
+            grid = np.full((bins, len(lengths)), np.nan)
+            for r in mine:
+                if r["method"] == name and (name == "full" or r["budget"] == budget):
+                    at = lengths.index(r["length"])
+                    for d in range(bins):
+                        here = [e["score"] for e in r["each"] if e["depth"] is not None and min(int(e["depth"] * bins), bins - 1) == d]
+                        grid[d, at] = np.mean(here) if here else math.nan
+            if name == "full" and j:
+                axis.set_axis_off()
+                continue
+            image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", interpolation="nearest")
+            axis.set_xticks(range(len(lengths)), [str(n) for n in lengths] if i == len(names) - 1 else [], fontsize=7)
+            axis.set_yticks([0, bins - 1], ["start", "end"] if j == 0 else [], fontsize=7)
+            axis.set_title(name if name == "full" else f"{name}, {budget}", fontsize=7)
+    figure.supxlabel("length in tokens", fontsize=8)
+    figure.supylabel("depth of the needle", fontsize=8)
+    figure.colorbar(image, ax=axes, label="score", shrink=0.6)
+    figure.savefig(out, dpi=130)
+    return out
+
+
+def kept(maps: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.Path | None:
+    """Which positions of one case each method kept, at the smallest budget: shade = share of layers and heads; the dashed line
+    marks the answer. None where nothing was dropped."""
+    by = {}
+    for m in maps:
+        if m["method"] != "full" and (m["method"] not in by or sum(m["kept"]) < sum(by[m["method"]]["kept"])):
+            by[m["method"]] = m
+    if not by:
+        return None
+    chosen = list(by.values())
+    n = max(m["context"] for m in chosen)
+    figure, axes = _new(9, 1 + 0.33 * len(chosen))
+    axis = axes[0, 0]
+    grid = np.zeros((len(chosen), n))
+    for i, m in enumerate(chosen):
+        part = m["kept"][:n]
+        grid[i, : len(part)] = part
+    image = axis.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+    axis.set_yticks(range(len(chosen)), [f"{m['method']}, {m['budget']}" for m in chosen], fontsize=7)
+    axis.set_xlabel("position in the context")
+    first = chosen[0]
+    if first["answer"] is not None:
+        axis.axvline(first["answer"] * first["context"], color="C3", linestyle="--", linewidth=1)
+    axis.set_title(f"what was kept of one {first['task']} case (dashed: the answer)", fontsize=9)
+    figure.colorbar(image, ax=axis, label="share of layers and heads")
+    figure.savefig(out, dpi=130)
+    return out
+
+
+def perplexities(rows: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.Path | None:
+    """NLL a token against the budget, a line a method. None without perplexity rows."""
+    mine = [r for r in rows if r["task"] == "perplexity"]
+    if not mine:
+        return None
+    figure, axes = _new(8, 4.5)
+    axis = axes[0, 0]
+    for i, name in enumerate(dict.fromkeys(r["method"] for r in mine)):
+        line = sorted((r for r in mine if r["method"] == name), key=lambda r: r["capacity"])
+        if name == "full":
+            axis.axhline(line[0]["nll"], color="0.4", linestyle="--", linewidth=1, label=name)
+        else:
+            axis.plot([r["capacity"] for r in line], [r["nll"] for r in line], marker=MARKS[i % len(MARKS)], color=f"C{i % 10}", label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("slots")
+    axis.set_ylabel("negative log-likelihood, nats a token")
+    axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(out, dpi=130)
+    return out
