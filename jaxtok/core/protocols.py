@@ -56,6 +56,8 @@ class CacheCompressor(Method):
     """Site cache: once, after a prefill, layer by layer."""
 
     aligned: ClassVar[bool] = False  # all heads and layers keep the same tokens
+    rotates: ClassVar[bool] = False  # turns stored keys in `compress`, so its plan alone is not the method
+    reads_rotated: ClassVar[bool] = False  # compares with rotated keys
     capacity: int
 
     @property
@@ -123,6 +125,7 @@ class CachePolicy(Method):
     """
 
     every: int = 1
+    aligned: ClassVar[bool] = False  # one set for all heads of a layer
     raw: bool = False  # keys stored unrotated, placed at their rank among the live ones when read
     capacity: int
 

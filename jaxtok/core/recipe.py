@@ -91,16 +91,18 @@ class Recipe:
             if getattr(self, site):
                 raise ValueError(f"the decoder does not take a method at site {site!r} yet")
         raw = (self.policy is not None and self.policy.raw) or (self.reader is not None and self.reader.raw)
-        if raw and self.cache is not None and getattr(self.cache, "rotates", False):
-            raise ValueError(f"{self.cache.name} moves rotated keys, but they are stored unrotated here; use one or the other")
+        if raw and self.cache is not None and (self.cache.rotates or self.cache.reads_rotated):
+            raise ValueError(f"{self.cache.name} works on rotated keys, but they are stored unrotated here; use one or the other")
         if raw and any(m.positions == "repack" for _, m in self.layers):
             raise ValueError("keys stored unrotated are placed by order; a pruner that repacks positions would be undone")
         if raw and self.reader is not None and not self.reader.raw:
             raise ValueError(f"{self.reader.name} reads rotated keys, but {self.policy.name} stores them unrotated")  # type: ignore[union-attr]
         if raw and cfg.window is not None:
             raise ValueError("compact positions and a sliding window contradict each other: distances inside the cache are not the text's")
-        if self.policy is not None and self.cache is not None and getattr(self.cache, "rotates", False):
+        if self.policy is not None and self.cache is not None and self.cache.rotates:
             raise ValueError(f"{self.cache.name} turns keys and {self.policy.name} takes a plan, which cannot say so; use one or the other")
+        if self.policy is not None and self.cache is not None and self.policy.aligned and not self.cache.aligned:
+            raise ValueError(f"{self.policy.name} keeps one set for all heads, but {self.cache.name} leaves each head its own; use one or the other")
         if self.policy is not None and self.cache is not None and self.policy.capacity < self.cache.slots:
             raise ValueError(
                 f"the cache is compressed to {self.cache.slots} slots and then cut to the policy's {self.policy.capacity}; "

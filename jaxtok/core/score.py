@@ -35,14 +35,12 @@ def pool(x: Float[Array, "*B n"], width: int, kind: str = "avg") -> Float[Array,
 def window_attention(
     rows: Float[Array, "b h w n"], candidate, g: int, *, how: str = "mean", over: str = "mean", width: int = 1, kind: str = "avg"
 ) -> Float[Array, "b g n"]:
-    """SnapKV's score: attention of the window's queries, reduced `over` the window, pooled over keys, reduced `how` over the group.
+    """SnapKV's score: attention of the window's queries, reduced `over` the window and `how` over the group, then pooled over keys.
 
     `candidate` bool [b g n]: rows that are scored; the others count as 0 in the pooling (dead rows and the window itself).
     """
     score = jnp.mean(rows, 2) if over == "mean" else jnp.sum(rows, 2) if over == "sum" else jnp.max(rows, 2)
-    group = rows.shape[1] // g
-    score = jnp.where(jnp.repeat(candidate, group, 1), score, 0.0)
-    return to_kv_heads(pool(score, width, kind), g, how)
+    return pool(jnp.where(candidate, to_kv_heads(score, g, how), 0.0), width, kind)
 
 
 def moments(q: Float[Array, "b h n d"], counted: Bool[Array, "b n"]) -> tuple[Float[Array, "b h d"], Float[Array, "b h d d"]]:

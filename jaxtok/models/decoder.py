@@ -319,7 +319,11 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
         own = learned.get("reader", {})
         for r in range(k.shape[2]):
             reading = reader.update(own, reading, kv, jnp.broadcast_to(jnp.minimum(at + r, kv.k.shape[2] - 1), kv.pos.shape[:2]))
-        reading, carry, index = reader.read(own, i, reading, carry, q if reader.raw else turned, kv)
+        window = cfg.layer_window(i)
+        # what no query of this step can see is dead to the reader
+        edge = kv.seen - count[:, -1] - (window or 0)
+        seen = kv if window is None else kv._replace(pos=jnp.where(kv.pos > edge[:, None, None], kv.pos, -1))
+        reading, carry, index = reader.read(own, i, reading, carry, q if reader.raw else turned, seen)
         if index is not None:
             slots = block_slots(index.index, reader.block)
             keys, values = gather(kv.k if index.rope is not None else keys, slots), gather(values, slots)

@@ -57,6 +57,7 @@ class Step(protocols.CachePolicy):
     name = "step"
     capacity: int = 4
     raw: bool = False
+    aligned: bool = False
 
     @property
     def needs(self):
@@ -103,7 +104,7 @@ def test_sites_that_a_decoder_does_not_take():
 
 
 def test_keys_stored_unrotated_and_who_cannot_live_with_them():
-    refused("compress moves rotated keys, but they are stored unrotated", cache=Compress(rotates=True), policy=Step(raw=True))
+    refused("compress works on rotated keys, but they are stored unrotated", cache=Compress(rotates=True), policy=Step(raw=True))
     refused("a pruner that repacks positions would be undone", layers=((1, Prune(positions="repack")),), policy=Step(raw=True))
     refused("read reads rotated keys, but step stores them unrotated", policy=Step(raw=True), reader=Read())
     refused("sliding window contradict", Cfg(window=8), policy=Step(raw=True))
@@ -112,6 +113,7 @@ def test_keys_stored_unrotated_and_who_cannot_live_with_them():
 def test_a_policy_must_hold_what_the_cache_method_keeps():
     refused("compressed to 5 slots and then cut to the policy's 4; give step at least 5", cache=Compress(capacity=5), policy=Step())
     refused("compressed to 6 slots", cache=Compress(capacity=4, wide=2), policy=Step())
+    refused("step keeps one set for all heads", cache=Compress(), policy=Step(aligned=True))
     refused("compress turns keys and step takes a plan", cache=Compress(rotates=True), policy=Step())
 
 

@@ -30,7 +30,7 @@ class ExpectedAttention(CacheScorer):
     biases are in. `scale` stands for 1/sqrt(d) where a model has another; soft-capping and sliding windows are not modelled.
     """
 
-    rotates: ClassVar[bool] = True  # compares with rotated keys, so a policy may not store them raw
+    reads_rotated: ClassVar[bool] = True
     capacity: int
     sinks: int = 4
     future: int = 512

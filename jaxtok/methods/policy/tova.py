@@ -1,6 +1,7 @@
 """TOVA. Source: arXiv:2401.06104; schwartz-lab-NLP/TOVA, tova_cache.py; kvpress TOVAPress."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -25,6 +26,8 @@ class TOVA(CachePolicy):
 
     Needs the heads' slots to hold the same tokens: a cache compressed per head beforehand has no mean over heads.
     """
+
+    aligned: ClassVar[bool] = True
 
     capacity: int
     variant: str = "kvpress"

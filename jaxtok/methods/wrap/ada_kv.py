@@ -68,6 +68,10 @@ class AdaKV(CacheCompressor):
         return slots if self.alpha == 1 else math.ceil(Fraction(str(self.slack)) * slots)
 
     @property
+    def reads_rotated(self) -> bool:  # type: ignore[override]
+        return self.base.reads_rotated
+
+    @property
     def needs(self) -> Needs:
         return self.base.needs
 

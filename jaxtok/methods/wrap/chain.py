@@ -45,8 +45,12 @@ class Chain(CacheCompressor):
         return functools.reduce(lambda a, b: a | b, (method.needs for method in self.methods))
 
     @property
-    def rotates(self) -> bool:
-        return any(getattr(method, "rotates", False) for method in self.methods)
+    def reads_rotated(self) -> bool:  # type: ignore[override]
+        return any(method.reads_rotated for method in self.methods)
+
+    @property
+    def rotates(self) -> bool:  # type: ignore[override]
+        return any(method.rotates for method in self.methods)
 
     def init_params(self, key: jax.Array, cfg):
         return tuple(method.init_params(jax.random.fold_in(key, i), cfg) for i, method in enumerate(self.methods))

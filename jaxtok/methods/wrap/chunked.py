@@ -48,6 +48,10 @@ class Chunked(CacheCompressor):
         return self.base.slots
 
     @property
+    def reads_rotated(self) -> bool:  # type: ignore[override]
+        return self.base.reads_rotated
+
+    @property
     def needs(self) -> Needs:
         return self.base.needs
 

@@ -62,8 +62,12 @@ class PerLayer(CacheCompressor):
         return self.base.needs
 
     @property
-    def rotates(self) -> bool:
-        return getattr(self.base, "rotates", False)
+    def reads_rotated(self) -> bool:  # type: ignore[override]
+        return self.base.reads_rotated
+
+    @property
+    def rotates(self) -> bool:  # type: ignore[override]
+        return self.base.rotates
 
     def init_params(self, key: jax.Array, cfg):
         return self.base.init_params(key, cfg)
