@@ -49,11 +49,10 @@ def test_window_attention(over, kind):
     want = np.zeros((2, 2, 9), np.float32)
     for b in range(2):
         for g in range(2):
-            for h in (2 * g, 2 * g + 1):
-                s = getattr(rows[b, h], over)(0) * candidate[b, g]
-                for j in range(9):
-                    near = s[max(0, j - 1) : j + 2]
-                    want[b, g, j] += (near.sum() / 3 if kind == "avg" else near.max()) / 2
+            s = sum(getattr(rows[b, h], over)(0) for h in (2 * g, 2 * g + 1)) / 2 * candidate[b, g]
+            for j in range(9):
+                near = s[max(0, j - 1) : j + 2]
+                want[b, g, j] = near.sum() / 3 if kind == "avg" else near.max()
     got = score.window_attention(jnp.asarray(rows), jnp.asarray(candidate), 2, over=over, width=3, kind=kind)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 

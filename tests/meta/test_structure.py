@@ -50,7 +50,7 @@ def imports(path: pathlib.Path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path, module", sources())
+@pytest.mark.parametrize("path, module", list(sources()))
 def test_imports_go_one_way(path, module):
     me = owner(module)
     for target in imports(path):
@@ -63,7 +63,7 @@ def test_imports_go_one_way(path, module):
             raise AssertionError(f"{module} imports the method {target}; move the shared part to core")
 
 
-@pytest.mark.parametrize("path, module", sources())
+@pytest.mark.parametrize("path, module", list(sources()))
 def test_files_stay_short(path, module):
     most = LONGEST.get(owner(module), 400)
     lines = len(path.read_text().splitlines())

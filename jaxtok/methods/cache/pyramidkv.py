@@ -19,7 +19,7 @@ LONG = 1 << 24  # a cache too long to cut the pyramid's tip off
 class PyramidKV(CacheScorer):
     """SnapKV's selection with a budget that falls with depth: early layers spread their attention, late ones do not.
 
-        score_j = mean over the h/g query heads of  pool_j( sum over the last w queries i of  A_ij ),   j before the window
+        score_j = pool_j( mean over the h/g query heads of  sum over the last w queries i of  A_ij ),   j before the window
         c = capacity - w,  min = c // beta,  max = 2c - min;  where max > n - w:  max = n - w, min = 2c - max
         slots of layer i of l = round(max - i (max - min) / (l - 1)) + w;  all where n <= capacity;  `capacity` where n < 2c
 

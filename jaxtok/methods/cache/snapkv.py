@@ -15,7 +15,7 @@ from jaxtok.core.types import KV, Evidence, Needs, Protect
 class SnapKV(CacheScorer):
     """Keep the last `window` tokens and the keys that they attend to most.
 
-        score_j = reduce over the h/g query heads of  pool_j( sum over the last w queries i of  A_ij ),   j before the window
+        score_j = pool_j( reduce over the h/g query heads of  sum over the last w queries i of  A_ij ),   j before the window
 
     A is the softmax attention over all keys that query i sees, the window's included. Pooling is centred over `pool` slots, with zeros
     past the ends (dead slots, the window): "avg" divides by `pool` everywhere, "max" takes the largest. The window is counted in

@@ -13,7 +13,7 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs, Plan
 
 
-@register("chain", paper="NVIDIA/kvpress", site="cache")
+@register("chain", paper="https://github.com/NVIDIA/kvpress", site="cache")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chain(CacheCompressor):
     """Compress by `methods[0]`, what is left by `methods[1]`, and so on; each sees the evidence of what is left.
