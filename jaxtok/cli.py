@@ -86,9 +86,9 @@ class Compare:
     """Print the document of compare.json instead of the table."""
     lengths: tuple[int, ...] = (256, 512)
     """Tokens of context + question; lengths from half the longest on share compiled programs."""
-    count: int = 10
+    count: int = 8
     """Cases for each task and length."""
-    batch: int = 20
+    batch: int = 24
     """Rows in a batch."""
     new: int | None = None
     """Tokens generated for a case; default: what the longest answer takes."""
@@ -98,7 +98,7 @@ class Compare:
     """Text file for perplexity; default: the haystack of the package."""
     skip: float = 0.5
     """Share of each window whose predictions perplexity does not count."""
-    repeats: int = 2
+    repeats: int = 1
     """Timed runs, at least."""
     seed: int = 0
     """Of the cases and of what is drawn."""
@@ -317,7 +317,7 @@ def _compare(command: Compare) -> None:
     if command.json:
         print(path.read_text(), end="")
         return
-    console = _console(150)
+    console = _console(160)
     console.print(report.table(result.rows))
     console.print(report.LEGEND, style="dim", soft_wrap=False, markup=False)
     for note in notes:

@@ -117,7 +117,10 @@ def _make(spec: str, name: str, options: list[tuple[str, str]], capacity: int) -
     if guard in given:
         given[guard] = Protect(**given[guard])
     if "base" in fields:
-        given["base"], left = _make(spec, given.get("base", BASE), left, capacity)
+        inner = given.get("base", BASE)
+        given["base"], left = _make(spec, inner, left, capacity)
+        if not isinstance(given["base"], fields["base"]):
+            raise ValueError(f"{spec!r}: {name} needs a {fields['base'].__name__} as its base, which {inner} is not")
     if "capacity" in fields:
         given["capacity"] = capacity
     elif "pages" in fields and "pages" not in given:

@@ -107,7 +107,8 @@ def fitted(specs: Iterable[str], cfg: Config, capacity: int, *, leave_out: bool)
 
 def smallest(options: Options) -> int:
     """The smallest capacity that a comparison will ask for, near enough to choose windows by."""
-    n = max(1, min(options.lengths) - 2 * cases.BUCKET)
+    longest = [n for n in options.lengths if not any(n < m <= 2 * n for m in options.lengths)]  # of each group of shapes
+    n = max(1, min(longest) - 2 * cases.BUCKET)
     return min(cases.slots(registry.parse_budget(b), n) for b in options.budgets)
 
 

@@ -47,6 +47,7 @@ class Used(NamedTuple):
     capacity: int
     params: Any
     prefill: Program
+    ask: Program | None  # the question after it; None when the prefill has it
     decode: Program
     compare: Program
     cache_bytes: int  # of a batch, while decoding
@@ -91,6 +92,11 @@ class Work:
         fn = functools.partial(_prefill, self.cfg, recipe, g.new)
         prefill = self.programs.get("prefill", (recipe, g.new), fn, (params, rows, keep, self.key))
         tokens, layers, *_ = prefill.out
+        ask = None
+        if rows.ask is not None:
+            fn = functools.partial(_ask, self.cfg, later, g.new)
+            ask = self.programs.get("ask", (later, g.new), fn, (params, rows.ask, rows.ask_live, layers, after, self.key))
+            tokens, layers = ask.out
         fn = functools.partial(_decode, self.cfg, later, g.new)
         state = (params, tokens, layers, after, self.key)
         decode = self.programs.get("decode", (later, g.new), fn, state, donate=(2,), trips=g.new - 1)
@@ -98,12 +104,19 @@ class Work:
         live = jax.ShapeDtypeStruct(ids.shape, jnp.bool)
         logits = jax.ShapeDtypeStruct((g.new, self.batch, self.cfg.vocab), jnp.float32)
         compare = self.programs.get("compare", later, functools.partial(_compare, self.cfg, later), (*state, ids, live, logits))
-        return Used(recipe, capacity, params, prefill, decode, compare, nbytes(layers))
+        return Used(recipe, capacity, params, prefill, ask, decode, compare, nbytes(layers))
+
+    def begin(self, used: Used, rows: Rows, keep: Any, after: Any) -> tuple[Any, ...]:
+        """(tokens, caches, kept slots, where they are) when the question has been read."""
+        tokens, layers, count, where = used.prefill.call(used.params, rows, keep, self.key)
+        if used.ask is not None:
+            tokens, layers = used.ask.call(used.params, rows.ask, rows.ask_live, layers, after, self.key)
+        return tokens, layers, count, where
 
     def logits_of(self, g: Group) -> tuple[Used, Program]:
         """The full model's programs."""
         used = self.programs_of(g, FULL, "100%")
-        tokens, layers, *_ = used.prefill.out
+        tokens, layers, *_ = used.ask.out if used.ask is not None else used.prefill.out
         ids = jax.ShapeDtypeStruct((self.batch, g.new), jnp.int32)
         live = jax.ShapeDtypeStruct(ids.shape, jnp.bool)
         return used, self.programs.get("logits", None, functools.partial(_logits, self.cfg), (self.params, tokens, layers, ids, live))
@@ -113,10 +126,10 @@ class Work:
         out = Reference([], [], [])
         used, logits = self.logits_of(g)
         for _, rows in cases.batches(g, self.batch):
-            tokens, layers, *_ = used.prefill.call(self.params, rows, None, self.key)
+            tokens, layers, *_ = self.begin(used, rows, None, None)
             said = used.decode.call(self.params, tokens, layers, None, self.key)[0]
             live, ids = said >= 0, jnp.maximum(said, 0)
-            tokens, layers, *_ = used.prefill.call(self.params, rows, None, self.key)
+            tokens, layers, *_ = self.begin(used, rows, None, None)
             out.ids.append(ids)
             out.live.append(live)
             out.logits.append(logits.call(self.params, tokens, layers, ids, live))
@@ -134,7 +147,7 @@ class Work:
         for i in range(max(len(todo), self.repeats + 1)):
             mine, rows = todo[i % len(todo)]
             keep, after = keeps(used.recipe, cases.keep(size, rows.live), used.capacity)
-            (tokens, layers, count, where), a = timed(used.prefill.call, params, rows, keep, self.key)
+            (tokens, layers, count, where), a = timed(self.begin, used, rows, keep, after)
             if i < len(todo):
                 target = reference.ids[i], reference.live[i], reference.logits[i]
                 kl, same = used.compare.call(params, tokens, layers, after, self.key, *target)
@@ -149,20 +162,21 @@ class Work:
         return [row(facts, [f for f in found if f["case"] == where]) for where in dict.fromkeys(f["case"] for f in found)], map_
 
     def _facts(self, spec: str, budget: str, used: Used, seconds: float, new: int) -> dict[str, Any]:
-        b, prefill, decode = self.batch, used.prefill, used.decode
-        peaks = [p.peak for p in (prefill, decode) if p.peak is not None]
+        b, decode = self.batch, used.decode
+        begin = [p for p in (used.prefill, used.ask) if p is not None]
+        peaks = [p.peak for p in (*begin, decode) if p.peak is not None]
         return {
             "method": spec,
             "budget": budget,
             "capacity": used.capacity,
             "cache_bytes": used.cache_bytes / b,
-            "prefill_flops": prefill.flops / b,
-            "prefill_bytes": prefill.bytes / b,
+            "prefill_flops": sum(p.flops for p in begin) / b,
+            "prefill_bytes": sum(p.bytes for p in begin) / b,
             "step_flops": decode.flops / new / b,
             "step_bytes": decode.bytes / new / b,
-            "uncounted": sorted({*prefill.unknown, *decode.unknown}),
+            "uncounted": sorted({name for p in (*begin, decode) for name in p.unknown}),
             "peak_bytes": max(peaks) if peaks else None,
-            "compile_s": prefill.compile_s + decode.compile_s,
+            "compile_s": sum(p.compile_s for p in (*begin, decode)),
             "time_s": seconds,
             "batch": b,
             "new": new,
@@ -259,14 +273,9 @@ def _map(spec: str, budget: str, case, where: np.ndarray, n: int) -> dict[str, A
 def _prefill(cfg: Config, recipe: Recipe, new: int, params, rows: Rows, keep, key):
     """(tokens cut to the last row, caches, kept slots [b], share of layers and heads that kept each position [b n])."""
     tokens = decoder.embed(cfg, params, rows.ids, rows.live)
-    if rows.ask is None:
-        tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=new, keep=keep, key=key)
-        first = layers
-    else:
-        _, first = decoder.prefill(cfg, params, tokens, recipe, new=0, keep=keep, key=key)
-        tokens = decoder.embed(cfg, params, rows.ask, rows.ask_live)
-        tokens, layers = decoder.prefill(cfg, params, tokens, recipe.replace(cache=None), new=new, layers=first, keep=keep, key=key)
-    pos = [part.kv.pos for parts in first for part in parts]
+    room = new if rows.ask is None else 0
+    tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=room, keep=keep, key=key)
+    pos = [part.kv.pos for parts in layers for part in parts]
     heads = sum(p.shape[1] for p in pos)
     count = sum(jnp.sum(live_count(p), -1) for p in pos).astype(jnp.float32) / heads  # type: ignore[union-attr]
     b, n = rows.ids.shape
@@ -274,7 +283,18 @@ def _prefill(cfg: Config, recipe: Recipe, new: int, params, rows: Rows, keep, ke
     for p in pos:
         p = p.reshape(b, -1)
         where = where.at[jnp.arange(b)[:, None], jnp.where((p < 0) | (p > n), n, p)].add(1.0)
-    return tokens._replace(x=tokens.x[:, -1:], pos=tokens.pos[:, -1:]), layers, count, where[:, :n] / heads
+    return _last(tokens), layers, count, where[:, :n] / heads
+
+
+def _ask(cfg: Config, recipe: Recipe, new: int, params, ids, live, layers, keep, key):
+    """The question after the compressed context -> (tokens cut to the last row, caches)."""
+    tokens = decoder.embed(cfg, params, ids, live)
+    tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers, keep=keep, key=key)
+    return _last(tokens), layers
+
+
+def _last(tokens):
+    return tokens._replace(x=tokens.x[:, -1:], pos=tokens.pos[:, -1:])
 
 
 def _decode(cfg: Config, recipe: Recipe, new: int, params, tokens, layers, keep, key):

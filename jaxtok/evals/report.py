@@ -21,7 +21,7 @@ def tasks_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(r["task"] for r in rows if r["task"] != PERPLEXITY))
 
 
-def _mean(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
+def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
     pairs = [(v, w) for v, w in zip(values, weights, strict=True) if v is not None and math.isfinite(v)]
     return sum(v * w for v, w in pairs) / sum(w for _, w in pairs) if pairs else None
 
@@ -39,7 +39,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             these = [r for r in scored if r["task"] == task]
             line["tasks"][task] = _mean([r["score"] for r in these], [r["cases"] for r in these])
         scores = list(line["tasks"].values())
-        line["score"] = _mean(scores, [1.0] * len(scores))
+        line["score"] = _mean(scores, [1] * len(scores))
         for name in ("kl", "top1", "kept", "lost", *COSTS):
             source = scored if scored or name not in ("kept", "lost", "compile_s") else mine
             values, w = [r.get(name) for r in source], weights if source is scored else [r["cases"] for r in source]
@@ -76,14 +76,14 @@ def table(rows: Sequence[dict[str, Any]]) -> Any:
     out = Table(title=f"question {aware} when compressing", header_style="bold", pad_edge=False)
     out.add_column("method", no_wrap=True)
     for name in ("budget", *names, *(["mean"] if len(names) > 1 else []), *(["NLL", "ppl"] if running else [])):
-        out.add_column(pathlib.Path(name).stem, justify="right")
+        out.add_column(pathlib.Path(name).stem.replace("_", "\n"), justify="right")
     if names:
         for name in ("KL", "top-1"):
             out.add_column(name, justify="right")
     for name in ("kept", "lost"):
         out.add_column(name, justify="right")
     if names:
-        for name in ("cache B", "moved B\n/token", "FLOP\n/token", "prefill\nFLOP", "peak B"):
+        for name in ("cache\nB", "moved\nB/tok", "FLOP\n/tok", "FLOP\nprefill", "peak\nB"):
             out.add_column(name, justify="right")
     out.add_column("compile\ns", justify="right")
     if names:

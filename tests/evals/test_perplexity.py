@@ -1,0 +1,61 @@
+"""Perplexity: full budgets against one parallel pass, windows of a file, trends on a trained model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxtok.methods  # noqa: F401  fills the registry
+from jaxtok.evals import measure, perplexity
+from jaxtok.models import blocks, load
+from tests.evals import tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.make()
+
+
+@pytest.mark.parametrize("spec", ["full", "snapkv:window=4", "h2o", "streaming_llm:compact=false", "streaming_llm"])
+def test_a_budget_that_covers_the_window_is_the_full_model(model, spec):
+    cfg, params, _ = model
+    ids = np.asarray(jax.random.randint(jax.random.key(0), (2, 24), 0, cfg.vocab, jnp.int32))
+    nll, kept, lost, _ = perplexity.measure(cfg, params, measure.recipe_of(spec, 24), ids, skip=10)
+    logits = jax.nn.log_softmax(blocks.forward(cfg, params, jnp.asarray(ids)), -1)[:, 9:-1]
+    want = -jnp.mean(jnp.take_along_axis(logits, jnp.asarray(ids)[:, 10:, None], 2), (1, 2))
+    np.testing.assert_allclose(nll, want, atol=2e-5)
+    assert kept.tolist() == [24, 24] and lost.tolist() == [0, 0]
+
+
+def test_a_smaller_budget_keeps_fewer(model):
+    cfg, params, _ = model
+    ids = np.ones((1, 24), np.int32)
+    assert perplexity.measure(cfg, params, measure.recipe_of("h2o", 6), ids, skip=10)[1] == 6
+    # compressed after its prefill of 10, then 14 more
+    assert perplexity.measure(cfg, params, measure.recipe_of("k_norm", 6), ids, skip=10)[1] == 6 + 14
+
+
+def test_windows(model, tmp_path):
+    tokenizer = model[2]
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefgh<|endoftext|>\nxyz\n<|endoftext|>0123456789")
+    found = perplexity.windows(tokenizer, str(path), length=4, count=3)
+    assert [tokenizer.decode(row) for row in found] == ["abcd", "efgh", "0123"]
+    with pytest.raises(ValueError, match="has no document of 11 tokens"):
+        perplexity.windows(tokenizer, str(path), length=11, count=1)
+    with pytest.raises(ValueError, match="cannot read the text"):
+        perplexity.windows(tokenizer, str(tmp_path / "none"), length=4, count=1)
+    with pytest.raises(ValueError, match="skip=4 must be from 1 to 3"):
+        perplexity.measure(model[0], model[1], measure.PLAIN, found, skip=4)
+
+
+@pytest.mark.slow
+def test_budgets_are_monotone_on_a_trained_model(data):
+    """Whole windows of 420 tokens through the policy from the first token on, positions of the text, NLL of tokens 200 to 419."""
+    cfg, params, tokenizer = load.load(data / "stories260K")
+    ids = perplexity.windows(tokenizer, str(data / "text/tinystories_valid5.txt"), length=420, count=2)
+    full = perplexity.measure(cfg, params, measure.PLAIN, ids, skip=200)[0].mean()
+    for spec in ("streaming_llm:compact=false,sinks=0", "h2o"):
+        covered, *less = (perplexity.measure(cfg, params, measure.recipe_of(spec, n), ids, skip=200)[0].mean() for n in (420, 64, 32, 16))
+        assert covered == pytest.approx(full, abs=1e-4)
+        assert full < less[0] < less[1] < less[2]
