@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.core import budget
-from jaxtok.evals import tasks
+from jaxtok.evals import ruler, tasks
 from jaxtok.evals.tasks import Example
 from jaxtok.models import text
 from jaxtok.models.text import Tokenizer
@@ -59,7 +59,7 @@ def make(task: str, tokenizer: Tokenizer, *, lengths: Sequence[int], count: int,
         return Case(e.task, length, e, tokenizer.encode(e.context, special=True), encode(e.question))
 
     if task.endswith(".jsonl"):
-        rows = tasks.read_jsonl(pathlib.Path(task), encode=encode, limit=count)
+        rows = ruler.read_jsonl(pathlib.Path(task), encode=encode, limit=count)
         longest = max(e.length for e in rows)
         return [case(longest, e) for e in rows]
     if task not in tasks.TASKS:

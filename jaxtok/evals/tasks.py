@@ -1,4 +1,4 @@
-"""Long-context tasks: seeded generators of any length, a reader of RULER-style jsonl, and the scores.
+"""Long-context tasks: seeded generators of any length, and the scores.
 
 A case is a context, a question that the model continues, and the answers. The two are apart so that a cache can be
 compressed after the context (question unseen) or after context + question (query-aware). Two wordings:
@@ -14,9 +14,7 @@ evaluation never meet. The default haystack is `haystack()`, text that the embed
 import functools
 import importlib.resources
 import inspect
-import json
 import math
-import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -351,67 +349,6 @@ def _case(
 def needle_grid(count: int, *, lengths: Sequence[int], depths: Sequence[float], **options: Any) -> list[Example]:
     """`count` needles for each length and depth: the cases of a heat map, lengths outermost. Options as `examples`."""
     return [e for n in lengths for d in depths for e in examples("needle", count, length=n, depth=d, **options)]
-
-
-# --- RULER's files ----------------------------------------------------------------------------------------------------
-
-# tokens that RULER lets a model generate
-_GENERATE = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
-
-
-def read_jsonl(path: str | pathlib.Path, *, encode: Encode | None = None, limit: int | None = None) -> list[Example]:
-    """RULER-style rows {"input", "outputs", optional "length"}; the task is the file's stem.
-
-    The question is the last line of `input` (what follows its last newline, the newline included): in RULER's files the question and the
-    start of the answer stand there. length: the row's, else counted with `encode`, else -1. max_new: RULER's for a file named like one of
-    its tasks, else the longest answer's tokens or characters times the number of answers.
-    Raises ValueError that names the line for a row that is not of this form.
-    """
-    path = pathlib.Path(path)
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"cannot read {path}: {e}") from None
-    out = []
-    for i, line in enumerate(lines, 1):
-        if limit is not None and len(out) >= limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, answers = row["input"], row["outputs"]
-            good = isinstance(text, str) and isinstance(answers, list) and answers and all(isinstance(a, str) for a in answers)
-        except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            raise ValueError(f'{path}:{i} is not a row {{"input": text, "outputs": [answers]}}')
-        cut = max(0, text.rstrip("\n").rfind("\n"))
-        context, question = text[:cut], text[cut:]
-        count = len if encode is None else lambda t: len(encode(t))
-        length = row["length"] if isinstance(row.get("length"), int) else -1 if encode is None else count(context) + count(question)
-        found = context.find(answers[0])
-        new = next((n for name, n in _GENERATE.items() if path.stem.startswith(name)), None)
-        out.append(
-            Example(
-                context=context,
-                question=question,
-                answers=tuple(answers),
-                depth=found / len(context) if found >= 0 else math.nan,
-                length=length,
-                task=path.stem,
-                max_new=len(answers) * (max(map(count, answers)) + 2) if new is None else new,
-            )
-        )
-    if not out:
-        raise ValueError(f"{path} has no rows")
-    return out
-
-
-def write_jsonl(path: str | pathlib.Path, cases: Iterable[Example]) -> None:
-    """Write cases as RULER's rows, which `read_jsonl` reads back (`input` is context + question)."""
-    rows = ({"index": i, "input": e.context + e.question, "outputs": list(e.answers), "length": e.length} for i, e in enumerate(cases))
-    pathlib.Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from jaxtok.methods import H2O, ExpectedAttention, SnapKV, StreamingLLM
 from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
 
+PLAIN = Recipe()
 CFG = Config(vocab=40, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=32)
 N, NEW = 16, 8
 LIVE = jnp.arange(N)[None] >= jnp.asarray([0, 9, 5])[:, None]
@@ -22,7 +23,7 @@ def world():
     return blocks.init(CFG, jax.random.key(0), embed_std=1.0), jax.random.randint(jax.random.key(1), (3, N), 0, CFG.vocab)
 
 
-def continued(params, ids, live, recipe=Recipe(), **options):
+def continued(params, ids, live, recipe=PLAIN, **options):
     tokens, layers = decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, live), recipe, new=NEW)
     return generate(CFG, params, tokens, layers, recipe, new=NEW, **options)
 

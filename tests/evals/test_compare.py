@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxtok.methods  # noqa: F401  fills the registry
-from jaxtok.evals import cases, compare, figures, report, tasks
+from jaxtok.evals import cases, compare, figures, report, ruler, tasks
 from tests.evals import tiny
 
 METHODS = ("full", "random", "streaming_llm", "h2o", "tova", "snapkv:window=4", "pyramidkv:window=4", "expected_attention", "key_diff",
@@ -94,7 +94,7 @@ def test_perplexity_is_a_task(model):
 
 def test_a_ruler_file_is_a_task(model, tmp_path):
     path = tmp_path / "niah.jsonl"
-    tasks.write_jsonl(path, tasks.examples("needle", 2, length=60, encode=lambda t: model[2].encode(t, special=False)))
+    ruler.write_jsonl(path, tasks.examples("needle", 2, length=60, encode=lambda t: model[2].encode(t, special=False)))
     options = dataclasses.replace(SMALL, tasks=(str(path),), budgets=("50%",), methods=("k_norm",), new=4)
     (row,) = compare.run(*model, options).rows
     assert row["task"] == "niah" and row["cases"] == 2

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from jaxtok.evals import tasks, wording
+from jaxtok.evals import ruler, tasks, wording
 
 NEEDLES = ("needle", "multi_key", "multi_value", "multi_query")
 RETRIEVAL = (*NEEDLES, "kv_recall")
@@ -178,13 +178,13 @@ def test_jsonl_reader_on_a_written_file(tmp_path):
         {"input": "a b\n\nQuestion: which?", "outputs": ["x", "yy"]},
     ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    first, second = tasks.read_jsonl(path)
+    first, second = ruler.read_jsonl(path)
     assert (first.context, first.question) == ("Some text. The magic is 71.\nMore.", "\nWhat is the magic? The magic is")
     assert first.answers == ("71",) and first.length == 19 and first.task == "niah_mine" and first.max_new == 128
     assert first.depth == pytest.approx(24 / 33)
     assert second.context + second.question == rows[1]["input"] and second.length == -1 and math.isnan(second.depth)
-    assert tasks.read_jsonl(path, encode=tasks.chars)[1].length == len(rows[1]["input"])
-    assert len(tasks.read_jsonl(path, limit=1)) == 1
+    assert ruler.read_jsonl(path, encode=tasks.chars)[1].length == len(rows[1]["input"])
+    assert len(ruler.read_jsonl(path, limit=1)) == 1
 
 
 @pytest.mark.parametrize("line", ["{", '{"input": "x"}', '{"input": "x", "outputs": []}', '{"input": "x", "outputs": "y"}', "[1]"])
@@ -192,9 +192,9 @@ def test_jsonl_reader_names_the_bad_line(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"input": "x\\ny", "outputs": ["z"]}\n' + line + "\n")
     with pytest.raises(ValueError, match=r"bad\.jsonl:2 "):
-        tasks.read_jsonl(path)
+        ruler.read_jsonl(path)
     with pytest.raises(ValueError, match=r"gone\.jsonl"):
-        tasks.read_jsonl(tmp_path / "gone.jsonl")
+        ruler.read_jsonl(tmp_path / "gone.jsonl")
 
 
 def test_jsonl_reader_on_rulers_own_rows(data):
@@ -204,7 +204,7 @@ def test_jsonl_reader_on_rulers_own_rows(data):
         ("vt", "Question: Find all"),
         ("fwe", "Question: Do not"),
     ):
-        rows = tasks.read_jsonl(folder / f"{name}.jsonl")
+        rows = ruler.read_jsonl(folder / f"{name}.jsonl")
         assert rows and all(e.question.startswith("\n" + start) and e.length > 3000 for e in rows)
         assert all(a in e.context for e in rows for a in e.answers)
         assert all(0 < e.depth < 1 for e in rows)
@@ -212,9 +212,9 @@ def test_jsonl_reader_on_rulers_own_rows(data):
 
 def test_jsonl_written_is_read_back(tmp_path):
     made = tasks.examples("multi_query", 3, length=400)
-    tasks.write_jsonl(tmp_path / "multi_query.jsonl", made)
+    ruler.write_jsonl(tmp_path / "multi_query.jsonl", made)
     same = lambda e: (e.context, e.question, e.answers, e.depth, e.length, e.task)
-    assert list(map(same, tasks.read_jsonl(tmp_path / "multi_query.jsonl"))) == list(map(same, made))
+    assert list(map(same, ruler.read_jsonl(tmp_path / "multi_query.jsonl"))) == list(map(same, made))
 
 
 def test_scores():
