@@ -51,11 +51,11 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def show(value: float | None, digits: int = 2) -> str:
+def show(value: float | int | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def size(value: float | None) -> str:
+def size(value: float | int | None) -> str:
     """Bytes or FLOPs in short: 1234567 -> "1.23M"."""
     if value is None:
         return "-"

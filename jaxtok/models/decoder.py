@@ -171,7 +171,7 @@ def _attend_rows(cfg, p, i, tokens, layers, recipe, needs, proportional, key, im
         keys, diagonal = kv.k, past.k.shape[2]
         if raw:
             turned_q, keys = place(q, kv, past.cursor, freqs)
-    see = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale, diagonal=diagonal)
+    see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale, diagonal=diagonal)
     out, lse = attention(turned_q, keys, kv.v, impl=impl, **see)
     if past is not None and needs.keys:
         raise ValueError("a method needs the keys before the rotary embedding of the whole cache; they are not kept after a prefill")
@@ -192,7 +192,8 @@ def _always(i: int, freqs: Array, key: Array | None) -> dict[str, Any]:
 
 def _observe(needs: Needs, q, k, lse, see) -> dict[str, Any]:
     """Attention evidence from queries, keys and the saved logsumexp; no [n n] array exists."""
-    out, plain = {}, {name: x for name, x in see.items() if name not in ("q_pos", "diagonal")}
+    out: dict[str, Any] = {}
+    plain = {name: x for name, x in see.items() if name not in ("q_pos", "diagonal")}
     if needs.rows:
         w = min(needs.rows, q.shape[2])
         out["rows"] = rows(q[:, :, -w:], k, lse[:, :, -w:], q_pos=see["q_pos"][:, -w:], **plain)
@@ -313,7 +314,7 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
     kv = append(kv, stored, v, pos, jnp.zeros(k.shape[:3], jnp.float32))
     kv = kv._replace(seen=kv.seen + count[:, -1])
     turned, keys = place(q, kv, jnp.minimum(at, kv.k.shape[2] - q.shape[2]), freqs) if raw else (rotate_by(q, ids, freqs), kv.k)
-    see = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
+    see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
     values, slots = kv.v, None
     if reader is not None:
         own = learned.get("reader", {})
@@ -322,8 +323,8 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
         window = cfg.layer_window(i)
         # what no query of this step can see is dead to the reader
         edge = kv.seen - count[:, -1] - (window or 0)
-        seen = kv if window is None else kv._replace(pos=jnp.where(kv.pos > edge[:, None, None], kv.pos, -1))
-        reading, carry, index = reader.read(own, i, reading, carry, q if reader.raw else turned, seen)
+        near = kv if window is None else kv._replace(pos=jnp.where(kv.pos > edge[:, None, None], kv.pos, -1))
+        reading, carry, index = reader.read(own, i, reading, carry, q if reader.raw else turned, near)
         if index is not None:
             slots = block_slots(index.index, reader.block)
             keys, values = gather(kv.k if index.rope is not None else keys, slots), gather(values, slots)
@@ -334,7 +335,7 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
     out, lse = attention(turned, keys, values, impl=impl, **see)
     if policy is not None:
         policy, own = policy.layer(i, cfg.layers), learned.get("policy", {})
-        seen = _observe(policy.step_needs, turned, keys, lse, see)
+        seen: dict[str, Any] = _observe(policy.step_needs, turned, keys, lse, see)
         if slots is not None:
             seen = {name: scatter(x, slots, kv.pos.shape[-1]) for name, x in seen.items()}
         state = policy.observe(own, state, kv, Evidence(**seen, **_always(i, freqs, key)))
