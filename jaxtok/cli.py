@@ -323,4 +323,4 @@ def _compare(command: Compare) -> None:
     for note in notes:
         console.print(f"note: {note}", markup=False)
     written = [str(p) for p in (path, *made) if p is not None]
-    console.print(f"{document['seconds']} s; wrote {', '.join(written)}", markup=False)
+    console.print(f"{document['seconds']} s; wrote {', '.join(written)}", markup=False, soft_wrap=True)

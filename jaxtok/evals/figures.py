@@ -26,7 +26,7 @@ def pareto(rows: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.Path | 
     table = [line for line in report.summary(rows) if line["score"] is not None]
     if not table:
         return None
-    figure, axes = _new(8.5, 5)
+    figure, axes = _new(8.5, 5.0)
     axis = axes[0, 0]
     names = list(dict.fromkeys(line["method"] for line in table))
     for i, name in enumerate(names):
@@ -94,7 +94,7 @@ def kept(maps: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.Path | No
         return None
     chosen = list(by.values())
     n = max(m["context"] for m in chosen)
-    figure, axes = _new(9, 1 + 0.33 * len(chosen))
+    figure, axes = _new(9.0, 1 + 0.33 * len(chosen))
     axis = axes[0, 0]
     grid = np.zeros((len(chosen), n))
     for i, m in enumerate(chosen):
@@ -117,7 +117,7 @@ def perplexities(rows: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.P
     mine = [r for r in rows if r["task"] == "perplexity"]
     if not mine:
         return None
-    figure, axes = _new(8, 4.5)
+    figure, axes = _new(8.0, 4.5)
     axis = axes[0, 0]
     for i, name in enumerate(dict.fromkeys(r["method"] for r in mine)):
         line = sorted((r for r in mine if r["method"] == name), key=lambda r: r["capacity"])

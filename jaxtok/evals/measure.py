@@ -271,7 +271,7 @@ def _map(spec: str, budget: str, case, where: np.ndarray, n: int) -> dict[str, A
 
 
 def _prefill(cfg: Config, recipe: Recipe, new: int, params, rows: Rows, keep, key):
-    """(tokens cut to the last row, caches, kept slots [b], share of layers and heads that kept each position [b n])."""
+    """(tokens cut to the last row or None, caches, kept slots [b], share of layers and heads that kept each position [b n])."""
     tokens = decoder.embed(cfg, params, rows.ids, rows.live)
     room = new if rows.ask is None else 0
     tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=room, keep=keep, key=key)
@@ -283,7 +283,8 @@ def _prefill(cfg: Config, recipe: Recipe, new: int, params, rows: Rows, keep, ke
     for p in pos:
         p = p.reshape(b, -1)
         where = where.at[jnp.arange(b)[:, None], jnp.where((p < 0) | (p > n), n, p)].add(1.0)
-    return _last(tokens), layers, count, where[:, :n] / heads
+    # where a question follows, nothing reads the rows after the last layer, and the compiler drops their MLP
+    return _last(tokens) if rows.ask is None else None, layers, count, where[:, :n] / heads
 
 
 def _ask(cfg: Config, recipe: Recipe, new: int, params, ids, live, layers, keep, key):

@@ -150,18 +150,20 @@ def machine() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def bar(text: str) -> Iterator[Any]:
-    """A function (done, total, text) that draws a bar on stderr once two seconds have passed."""
+    """A function (done, total, text) that draws a bar on stderr, where that is a terminal, once two seconds have passed."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
+    terminal = console.is_terminal
     drawn = Progress(
         TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False),
-        console=Console(stderr=True), transient=True,
+        console=console, transient=True,
     )  # fmt: skip
     start, shown = time.perf_counter(), []
 
     def update(done: int, total: int, what: str) -> None:
-        if not shown and time.perf_counter() - start > 2:
+        if terminal and not shown and time.perf_counter() - start > 2:
             drawn.start()
             shown.append(drawn.add_task(what, total=total))
         if shown:

@@ -139,7 +139,7 @@ def test_table_json_and_figures(result, tmp_path):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(report.table(result.rows))
     text = console.export_text()
-    assert "snapkv:window=4" in text and "kv_recall" in text
+    assert "snapkv:window=4" in text and "recall" in text
     path = report.write(tmp_path / "x.json", {"rows": result.rows, "nan": float("nan")})
     assert json.loads(path.read_text())["nan"] is None
     for name, draw in (("pareto", figures.pareto), ("needles", figures.needles)):
