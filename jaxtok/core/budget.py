@@ -11,7 +11,7 @@ from jaxtok.core import check, select
 
 def capacity(ratio: float | int, n: int) -> int:
     """Static capacity for a kept fraction `ratio` in (0, 1] of `n` rows."""
-    check.between("ratio", ratio, 0.0, 1.0)
+    check.share("ratio", ratio)
     check.at_least("n", n, 1)
     # the decimal that was written, not its binary neighbour: 0.35 * 10 is 3.5 and rounds up
     return max(1, math.floor(Fraction(str(ratio)) * n + Fraction(1, 2)))
@@ -19,7 +19,7 @@ def capacity(ratio: float | int, n: int) -> int:
 
 def keep(ratio: float | int, live: jax.Array) -> jax.Array:
     """i32 like `live`: the traced budget, `ratio` of each row's number of live tokens."""
-    check.between("ratio", ratio, 0.0, 1.0)
+    check.share("ratio", ratio)
     exact = Fraction(str(ratio)).limit_denominator(10_000)
     p, q = exact.numerator, exact.denominator
     whole, rest = live // q, live % q  # keeps 2 * p * live inside int32

@@ -15,6 +15,12 @@ def between(name: str, value: float | int, low: float | int, high: float | int) 
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
 
 
+def share(name: str, value) -> None:
+    """ValueError unless `value` is a kept fraction, in (0, 1]."""
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} is the fraction kept, over 0 and at most 1; got {value}")
+
+
 def one_of(name: str, value, allowed: tuple) -> None:
     """ValueError unless `value` is one of `allowed`."""
     if value not in allowed:

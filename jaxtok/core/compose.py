@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtok.core.reduce import apply, expand, gather, segment_sum
+from jaxtok.core.reduce import apply, gather, segment_sum
 from jaxtok.core.types import DensePlan, Plan
 
 
@@ -65,11 +65,6 @@ def lift(plan: Plan | DensePlan, y: jax.Array) -> jax.Array:
     mass = jnp.sum(plan.w, -2, keepdims=True)
     back = jnp.swapaxes(plan.w / jnp.where(mass > 0, mass, 1.0), -1, -2)
     return apply(DensePlan(back), y)
-
-
-def masked(plan: Plan, x: jax.Array) -> jax.Array:
-    """x [*B n ...] with the rows that the plan drops set to zero."""
-    return jnp.where(expand(plan.assign >= 0, x), x, jnp.zeros((), x.dtype))
 
 
 def cost(plan: Plan | DensePlan, width: int, itemsize: int = 4) -> PlanCost:

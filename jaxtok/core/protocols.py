@@ -69,6 +69,10 @@ class CacheCompressor(Method):
         """The same method with another capacity; a wrapper resizes what it holds."""
         return dataclasses.replace(self, capacity=capacity)  # type: ignore[type-var]
 
+    def whole(self, n: int) -> bool:
+        """Whether a cache of n slots stays as it is when no traced budget is given."""
+        return self.capacity >= n
+
     def layer(self, i: int, layers: int) -> "CacheCompressor":
         """The instance for 0-based layer `i` of `layers`."""
         return self
@@ -79,7 +83,7 @@ class CacheCompressor(Method):
 
     def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
         """The compressed cache, and the evidence of what stayed."""
-        if keep is None and self.capacity >= kv.pos.shape[-1]:
+        if keep is None and self.whole(kv.pos.shape[-1]):
             return kv, evidence
         plan = self.plan(params, kv, evidence, keep)
         return reduce.reduce_kv(plan, kv), reduce.move(plan, evidence)
@@ -161,6 +165,8 @@ def vacate(policy: CachePolicy, params, state: Held, kv: KV, keep=None) -> tuple
 
     The spare slot at the cursor, whither the cursor returns, is dead afterwards. Also returns the slots that were taken.
     """
+    if kv.pos.shape[-1] <= policy.capacity:
+        raise ValueError(f"{policy.name} needs a spare slot beside its {policy.capacity}; this cache has {kv.pos.shape[-1]} slots")
     keep = budget.per_head(keep, kv.pos.shape[:2], policy.capacity)
     protect, score = policy.victim(params, state, kv, keep)
     live, at = kv.pos >= 0, jnp.asarray(policy.capacity, jnp.int32)

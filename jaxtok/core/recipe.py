@@ -77,10 +77,13 @@ class Recipe:
     def validate(self, cfg) -> None:
         """ValueError where a combination cannot work on a model of configuration `cfg`."""
         count = cfg.layers
-        for site in ("vit", "layers"):
-            for k, method in getattr(self, site):
-                if site == "layers" and not 0 < k + method.needs.own < count + method.needs.own:
-                    raise ValueError(f"{method.name} acts before layer {k}; a decoder of {count} layers has places 1 to {count - 1}")
+        for k, method in self.layers:
+            first = 0 if method.needs.own else 1
+            if not first <= k < count:
+                raise ValueError(f"{method.name} acts before layer {k}; a decoder of {count} layers has places {first} to {count - 1}")
+        for method in (self.cache, self.policy, *(m for _, m in self.layers)):
+            if method is not None and method.needs.layers:
+                raise ValueError(f"{method.name} needs evidence of layers {method.needs.layers}; the decoder gives that of the layer at hand")
         where = [k for k, _ in self.layers]
         if len(set(where)) < len(where):
             raise ValueError(f"two methods act before the same layer: {where}; chain them or move one")

@@ -39,7 +39,8 @@ def window_attention(
 
     `candidate` bool [b g n]: rows that are scored; the others count as 0 in the pooling (dead rows and the window itself).
     """
-    score = jnp.mean(rows, 2) if over == "mean" else jnp.sum(rows, 2) if over == "sum" else jnp.max(rows, 2)
+    check.one_of("over", over, tuple(REDUCTIONS))
+    score = REDUCTIONS[over](rows, axis=2)
     return pool(jnp.where(candidate, to_kv_heads(score, g, how), 0.0), width, kind)
 
 

@@ -96,7 +96,7 @@ def replay(
     """Teacher forcing: append given ids one step at a time, as generation would.
 
     Returns `take(logits f32 [b vocab])` stacked on axis 0 for the t predictions of ids[:, 0], ..., ids[:, t-1] (the first comes
-    from the prefill), and the caches. Use `take` to keep less than the whole vocabulary.
+    from the prefill), and the caches. Ids that are not `live` are skipped: what follows is predicted from the last live one. Use `take` to keep less than the whole vocabulary.
     """
     live = jnp.ones(ids.shape, bool) if live is None else live
     key = jax.random.key(0) if key is None else key
@@ -105,8 +105,8 @@ def replay(
         x, layers, i = state
         seen = take(decoder.logits(cfg, params, x)[:, 0])
         y = blocks.embed(cfg, params, row[0][:, None])
-        x, layers = decoder.step(cfg, params, y, row[1][:, None], layers, recipe, keep=keep, key=jax.random.fold_in(key, i), impl=impl)
-        return (x, layers, i + 1), seen
+        y, layers = decoder.step(cfg, params, y, row[1][:, None], layers, recipe, keep=keep, key=jax.random.fold_in(key, i), impl=impl)
+        return (jnp.where(row[1][:, None, None], y, x), layers, i + 1), seen
 
     (_, layers, _), out = jax.lax.scan(one, (tokens.x[:, -1:], layers, jnp.zeros((), jnp.int32)), (ids.T, live.T))
     return out, layers
@@ -135,6 +135,11 @@ def prefill_chunked(
     needs = recipe.cache.needs if recipe.cache is not None else PLAIN.prefill_needs
     if needs.received or needs.cls or needs.keys or needs.hidden or needs.queries is not None or needs.rows > chunk:
         raise ValueError(f"{recipe.cache.name} needs more of the prompt than its last chunk of {chunk} rows; prefill it at once")  # type: ignore[union-attr]
+    recipe.validate(cfg)
+    if recipe.layers:
+        raise ValueError("pruning between layers takes the whole prompt; prefill it at once")
+    if recipe.reader is not None and recipe.reader.raw and not (recipe.policy is not None and recipe.policy.raw):
+        raise ValueError(f"{recipe.reader.name} wants keys stored unrotated from the first chunk on; prefill at once")
     live = jnp.ones(ids.shape, bool) if live is None else live
     b, n = ids.shape
     extra = -n % chunk

@@ -71,9 +71,11 @@ def empty(cfg: Config, params, b: int, slots: int, recipe: Recipe = PLAIN) -> La
             lost=zeros(b, g),
         )
         nothing = jnp.zeros((b, cfg.heads, slots), jnp.float32)
-        seen = Evidence(received=nothing, rows=nothing[:, :, None], layer=jnp.full((), i, jnp.int32))
-        own = params.get("methods", {}).get("policy", {})
-        out.append((Part(kv, recipe.policy.layer(i, cfg.layers).start(own, kv, seen) if recipe.policy else Held()),))
+        seen = Evidence(received=nothing, rows=nothing[:, :, None], **_always(i, jnp.asarray(blocks.frequencies(cfg, i)), None))
+        learned = params.get("methods", {})
+        state = recipe.policy.layer(i, cfg.layers).start(learned.get("policy", {}), kv, seen) if recipe.policy else Held()
+        reading = recipe.reader.start(learned.get("reader", {}), i, kv) if recipe.reader else ()
+        out.append((Part(kv, state, reading),))
     return tuple(out)
 
 
@@ -106,6 +108,7 @@ def prefill(
     Returns the tokens after the last layer (row -1 is the last token; feed it to `logits`) and the caches.
     """
     recipe.validate(cfg)
+    _known(keep)
     if new < 0:
         raise ValueError(f"new must be >= 0, got {new}")
     stacked = isinstance(params["layers"], dict)
@@ -119,7 +122,7 @@ def prefill(
     evidence, out = Evidence(), []
     for i, p in enumerate(params["layers"]):
         if i in places:
-            tokens = _prune(cfg, params, p, i, tokens, evidence, *places[i], keep, key, impl)
+            tokens = _prune(cfg, params, p, i, tokens, evidence, *places[i], keep, proportional, key, impl)
         follower = places[i + 1][1].needs if i + 1 in places else Needs()
         needs = recipe.prefill_needs | (follower if not follower.own else Needs())
         tokens, kv, evidence = _attend_rows(cfg, p, i, tokens, layers, recipe, needs, proportional, key, impl)
@@ -131,11 +134,25 @@ def _raw(recipe: Recipe) -> bool:
     return (recipe.policy is not None and recipe.policy.raw) or (recipe.reader is not None and recipe.reader.raw)
 
 
+def whole(site: str, keep) -> Array:
+    """A traced budget as i32; TypeError for a share, ValueError for a site that takes none."""
+    keep = jnp.asarray(keep)
+    if not jnp.issubdtype(keep.dtype, jnp.integer):
+        raise TypeError(f"keep[{site!r}] counts slots (integers), got {keep.dtype}; turn a ratio into slots with jaxtok.core.budget.keep(ratio, live)")
+    return keep.astype(jnp.int32)
+
+
+def _known(keep: Mapping[str, Any] | None) -> None:
+    unknown = sorted(set(keep or ()) - {"cache", "policy", "layers"})
+    if unknown:
+        raise ValueError(f"keep has {', '.join(map(repr, unknown))}; budgets go by recipe field: cache, policy, layers")
+
+
 def _budget(keep, site: str, i: int, cfg: Config, b: int):
     """The traced budget of one site in layer i as [b 1], or None."""
     if keep is None or keep.get(site) is None:
         return None
-    return jnp.broadcast_to(jnp.asarray(keep[site], jnp.int32), (cfg.layers, b))[i][:, None]
+    return jnp.broadcast_to(whole(site, keep[site]), (cfg.layers, b))[i][:, None]
 
 
 def _attend_rows(cfg, p, i, tokens, layers, recipe, needs, proportional, key, impl):
@@ -173,8 +190,8 @@ def _attend_rows(cfg, p, i, tokens, layers, recipe, needs, proportional, key, im
             turned_q, keys = place(q, kv, past.cursor, freqs)
     see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale, diagonal=diagonal)
     out, lse = attention(turned_q, keys, kv.v, impl=impl, **see)
-    if past is not None and needs.keys:
-        raise ValueError("a method needs the keys before the rotary embedding of the whole cache; they are not kept after a prefill")
+    if past is not None and (needs.keys or needs.hidden):
+        raise ValueError("a method needs the unrotated keys or the hidden rows of the whole cache; they are not kept after a prefill")
     evidence = _observe(needs, turned_q, keys, lse, see) | {
         "keys": k if needs.keys else None,
         "queries": moments(q, live & (pos >= needs.queries)) if needs.queries is not None else None,
@@ -204,12 +221,12 @@ def _observe(needs: Needs, q, k, lse, see) -> dict[str, Any]:
     return out
 
 
-def _prune(cfg, params, p, i, tokens, evidence, index, method, keep, key, impl) -> Tokens:
+def _prune(cfg, params, p, i, tokens, evidence, index, method, keep, proportional, key, impl) -> Tokens:
     """Site 3: reduce the rows before layer i."""
     if method.needs.own:
-        _, _, evidence = _attend_rows(cfg, p, i, tokens, None, PLAIN, method.needs, False, key, impl)
+        _, _, evidence = _attend_rows(cfg, p, i, tokens, None, PLAIN, method.needs, proportional, key, impl)
     table = None if keep is None else keep.get("layers")
-    budget = None if table is None or table[index] is None else jnp.broadcast_to(jnp.asarray(table[index], jnp.int32), tokens.seen.shape)
+    budget = None if table is None or table[index] is None else jnp.broadcast_to(whole("layers", table[index]), tokens.seen.shape)
     learned = params.get("methods", {}).get("layers", {})
     own = learned[index] if learned else {}
     _, plan = method.plan(own, method.start(own, tokens), tokens, evidence, budget)
@@ -233,7 +250,7 @@ def _settle(cfg, params, i, kv, evidence, old: Part | None, recipe: Recipe, new:
         cache = cache.layer(i, cfg.layers)
         if policy is None:
             kv, evidence = cache.compress(learned.get("cache", {}), kv, evidence, _budget(keep, "cache", i, cfg, b))
-        elif cache.capacity < kv.pos.shape[-1] or (keep or {}).get("cache") is not None:
+        elif not cache.whole(kv.pos.shape[-1]) or (keep or {}).get("cache") is not None:
             plan = cache.plan(learned.get("cache", {}), kv, evidence, _budget(keep, "cache", i, cfg, b))
             kv, state = reduce_kv(plan, kv), Held(_move_slots(plan, state.slots), state.rest)
             evidence = move(plan, evidence)
@@ -274,8 +291,10 @@ def step(
 
     `x` are embeddings (`blocks.embed`); rows that are not `live` (finished sequences) leave no trace. With a step policy t > 1 rows
     run one after another, unless `evict` is False: then rows are appended and observed, and nothing is vacated (chunked prefill).
-    A row that finds no slot is counted in `kv.lost`. Returns the rows after the last layer and the caches.
+    A row that finds no slot is counted in `kv.lost`. A policy's `keep` must be that of the prefill: each step vacates one slot for the one
+    it fills. Returns the rows after the last layer and the caches.
     """
+    _known(keep)
     if recipe.policy is not None and evict and x.shape[1] > 1:
 
         def one(state, row):
@@ -338,7 +357,8 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
         seen: dict[str, Any] = _observe(policy.step_needs, turned, keys, lse, see)
         if slots is not None:
             seen = {name: scatter(x, slots, kv.pos.shape[-1]) for name, x in seen.items()}
-        state = policy.observe(own, state, kv, Evidence(**seen, **_always(i, freqs, key)))
+        evidence = Evidence(**seen, **_always(i, freqs, key))
+        state = policy.observe(own, state, kv, evidence)
         budget = _budget(keep, "policy", i, cfg, kv.seen.shape[0])
         if not evict:
             pass
@@ -348,7 +368,7 @@ def _step_part(cfg, params, p, i, part: Part, qkv, live, recipe: Recipe, carry, 
                 for slot in (victim, jnp.broadcast_to(at, victim.shape)):
                     reading = reader.update(learned.get("reader", {}), reading, kv, slot)
         else:
-            kv, state, reading = _refit(policy, own, reader, learned.get("reader", {}), i, kv, state, reading, Evidence(**seen), budget)
+            kv, state, reading = _refit(policy, own, reader, learned.get("reader", {}), i, kv, state, reading, evidence, budget)
     return out, Part(kv, state, reading), carry
 
 

@@ -357,7 +357,7 @@ def transforms_compose(make):
 
 
 def one_compile(make):
-    """Prompts of several lengths and any budget under the capacity run in one compiled program."""
+    """Prompts of several lengths and any budget under the capacity run in one compiled program, and the budget is obeyed."""
     method = make(CAP)
     _, traces = program(method, "float32")
     usual(method)
@@ -366,10 +366,11 @@ def one_compile(make):
     for keep, cut in ((CAP, 0), (CAP - 1, 2), (CAP - 3, 1)):
         out = result(method, keep=keep, live=LIVE & (np.arange(N) >= cut)[None])
         assert np.isfinite(out["logits"]).all()
-        kept.append(np.mean([(kv.pos[0] >= 0).sum(-1).mean() for kv in out["filled"]]))
+        kept.append(np.mean([(kv.pos[0] >= 0).sum(-1).mean() + kv.lost[0].mean() for kv in out["filled"]]))
     assert traces[0] == seen == 1, f"traced {traces[0]} times"
     if once(method):
-        assert kept[2] <= kept[1] <= kept[0], f"budgets {CAP}, {CAP - 1}, {CAP - 3} keep {kept}"
+        want = [min(method.capacity - less, LENGTHS[0] - cut) for less, cut in ((0, 0), (1, 2), (3, 1))]
+        assert np.allclose(kept, want, atol=0.51), f"budgets {CAP}, {CAP - 1}, {CAP - 3} keep {kept}, want {want}"
 
 
 def sharded(make):

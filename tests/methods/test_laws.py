@@ -123,6 +123,14 @@ class RecompilesPerBudget(KeepLoudest):
         return reduce_kv(plan, kv), evidence
 
 
+@frozen
+class IgnoresKeep(KeepLoudest):
+    """Always spends its capacity."""
+
+    def plan(self, params, kv, evidence, keep=None):
+        return super().plan(params, kv, evidence)
+
+
 def test_the_right_method_passes():
     make = lambda capacity: KeepLoudest(capacity=capacity)
     for law in LAWS.values():
@@ -137,6 +145,7 @@ def test_the_right_method_passes():
         (DeadRowsSpend, "budget_is_spent"),
         (ReadsNeighbour, "rows_are_independent"),
         (RecompilesPerBudget, "one_compile"),
+        (IgnoresKeep, "one_compile"),
     ],
     ids=lambda x: getattr(x, "__name__", x),
 )

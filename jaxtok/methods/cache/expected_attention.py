@@ -18,11 +18,12 @@ from jaxtok.core.types import KV, Evidence, Needs, Protect
 class ExpectedAttention(CacheScorer):
     """Keep the keys that future queries can be expected to attend to, were they Gaussian like the past ones.
 
-        z_j = log E[exp(q . k_j / sqrt(d))] = m . k_j / sqrt(d) + k_j' C k_j / (2 d),     m = R mu,  C = R Sigma R'
+        z_j = m . k_j / sqrt(d) + k_j' C k_j / (2 d),     m = R mu,  C = R Sigma R'
         score_j = (mean over the h/g query heads of softmax_j z_j + epsilon) * |v_j|_2,    j live and not a sink
 
     mu, Sigma: moments of each head's queries before the rotary embedding, from order `sinks` on. R: the mean of the rotation matrices of
-    the next `future` rotary ids (kv.seen + kv.delta and on). The first `sinks` tokens are kept. A slot that stands for several
+    the next `future` rotary ids (kv.seen + kv.delta and on): z_j is log E[exp(q . k_j / sqrt(d))] for q ~ N(m, C), the paper's stand-in
+    for queries at those ids. The first `sinks` tokens are kept. A slot that stands for several
     tokens counts as many times (log count added to z). `covariance=False`: Sigma = 0, the attention of the mean query; `vnorm=False`:
     no factor |v|. kvpress sets epsilon to 0, and to 0.02 under AdaKV.
 

@@ -17,7 +17,7 @@ class KeyDiff(CacheScorer):
     """Keep the keys least like the mean key.  score_j = -cos(k_j, a),  a = mean over the live i of k_i / |k_i|.
 
     Keys are taken as the cache holds them (rotated, unless a policy stores them raw). Two keys, or keys that all point the same way,
-    tie and the oldest stay; scaling any key changes nothing; a key of zero length scores 0. Nothing is protected by default, as in
+    tie up to rounding, which then decides; the length of a key does not count; a key of zero length scores 0. Nothing is protected by default, as in
     kvpress. Float32 throughout. The mean is over the cache at compression time; the paper's block-wise prefill re-computes it for each
     block, which is `prefill` on a compressed cache here.
     """

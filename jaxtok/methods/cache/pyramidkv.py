@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxtok.core import budget, check, reduce, score
+from jaxtok.core import budget, check, score
 from jaxtok.core.protocols import CacheCompressor, CacheScorer, top_slots
 from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs, Plan, Protect
@@ -114,8 +114,5 @@ class PyramidKV(CacheScorer):
         safe = self.protect.mask(kv.pos, kv.seen)
         return top_slots(kv, self.score(params, kv, evidence), safe, int(self.share(most, n)), keep)
 
-    def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
-        if keep is None and self.average >= kv.pos.shape[-1]:  # the base asks this layer's own capacity, but short caches are uniform
-            return kv, evidence
-        plan = self.plan(params, kv, evidence, keep)
-        return reduce.reduce_kv(plan, kv), reduce.move(plan, evidence)
+    def whole(self, n: int) -> bool:
+        return self.average >= n  # not this layer's own capacity: short caches are uniform

@@ -22,7 +22,8 @@ class H2O(CachePolicy):
     newest token unless it is 0), the rest goes to the largest A. A starts with the column sums of the prefill and grows at each step
     before the eviction; what is evicted takes its A along. recent=1 is window attention; capacity >= the text is full attention.
 
-    variant="kvpress": A_j is divided by the number of queries that could see j (seen - pos_j), which takes away the bias to early tokens.
+    variant="kvpress": A_j is divided by the number of queries that could see j (seen - pos_j), which takes away the bias to early tokens;
+    kvpress does so once, after the prefill, and keeps no recent window (recent=0).
     `compact`: keys are stored raw and read at their rank among the live slots (the official `_streaming` file).
 
     Departures: the official code works for h = g and one sequence only (it sums over the batch); `group` reduces A over the h/g query

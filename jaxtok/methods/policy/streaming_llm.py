@@ -19,7 +19,7 @@ class StreamingLLM(CachePolicy):
         live = {j : j < sinks} and the (keep - sinks) largest j
 
     `compact` (the paper): keys are stored before the rotary embedding and read at their rank among the live slots, the query at its own,
-    so no distance exceeds the cache. `compact=False`: keys stay at their positions in the text (kvpress's StreamingLLMPress, which is not
+    so no distance exceeds the cache in a step (a prefill, the first or a continued one, attends to all its rows before it evicts). `compact=False`: keys stay at their positions in the text (kvpress's StreamingLLMPress, which is not
     the paper's method unless its keys are re-rotated). A step attends to its own key as well, keep + 1 in all; then the oldest
     non-sink goes. `sinks` = 0 is window attention; up to `capacity` tokens it is full attention, both ways.
 

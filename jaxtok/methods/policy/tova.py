@@ -22,7 +22,7 @@ class TOVA(CachePolicy):
     Nothing is accumulated: only the newest query counts. After a prefill the best `capacity` by its last query stay; then each step
     evicts the argmin. Positions stay those of the text. capacity >= the text is full attention.
 
-    variant="kvpress" (default) always keeps the newest token; "official" and the paper let it go where it scores least.
+    variant="official" (default) and the paper let the newest token go where it scores least; "kvpress" always keeps it.
 
     Needs the heads' slots to hold the same tokens: a cache compressed per head beforehand has no mean over heads.
     """
@@ -30,7 +30,7 @@ class TOVA(CachePolicy):
     aligned: ClassVar[bool] = True
 
     capacity: int
-    variant: str = "kvpress"
+    variant: str = "official"
 
     def __post_init__(self):
         check.one_of("variant", self.variant, ("kvpress", "official"))

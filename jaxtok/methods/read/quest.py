@@ -35,6 +35,7 @@ class Quest(Reader):
 
     Departure: the official code selects for each of the h query heads on repeated keys; here the g KV heads select by the `group` max
     (or mean) of U over their query heads: with the max, U still bounds every logit of the group. Needs rotated keys.
+    Pages are blocks of slots, so left padding that is no multiple of `block` moves their borders against the text's.
     """
 
     pages: int

@@ -81,6 +81,9 @@ class AdaKV(CacheCompressor):
     def resize(self, capacity: int) -> "AdaKV":
         return dataclasses.replace(self, base=self.base.resize(capacity))
 
+    def whole(self, n: int) -> bool:
+        return self.base.whole(n)
+
     def layer(self, i: int, layers: int) -> CacheCompressor:
         base = self.base.layer(i, layers)
         return base if i < self.skip else dataclasses.replace(self, base=base)

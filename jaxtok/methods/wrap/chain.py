@@ -71,7 +71,7 @@ class Chain(CacheCompressor):
     def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
         whole = select.identity(kv.pos.shape)
         for method, own, budget in self._links(params, keep):
-            if budget is None and method.capacity >= kv.pos.shape[-1]:
+            if budget is None and method.whole(kv.pos.shape[-1]):
                 continue
             plan = method.plan(own, kv, evidence, budget)
             kv, evidence, whole = reduce_kv(plan, kv), move(plan, evidence), compose(whole, plan)

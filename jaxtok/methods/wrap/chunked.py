@@ -61,6 +61,9 @@ class Chunked(CacheCompressor):
     def resize(self, capacity: int) -> "Chunked":
         return dataclasses.replace(self, base=self.base.resize(capacity))
 
+    def whole(self, n: int) -> bool:
+        return self.base.whole(n)
+
     def layer(self, i: int, layers: int) -> CacheCompressor:
         return dataclasses.replace(self, base=self.base.layer(i, layers))
 

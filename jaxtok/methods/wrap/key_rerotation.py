@@ -53,6 +53,9 @@ class KeyRerotation(CacheCompressor):
     def resize(self, capacity: int) -> "KeyRerotation":
         return dataclasses.replace(self, base=self.base.resize(capacity))
 
+    def whole(self, n: int) -> bool:
+        return self.base.whole(n)
+
     def layer(self, i: int, layers: int) -> CacheCompressor:
         return dataclasses.replace(self, base=self.base.layer(i, layers))
 
@@ -63,7 +66,7 @@ class KeyRerotation(CacheCompressor):
     def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
         if evidence.keys is None or evidence.freqs is None:
             raise ValueError("key_rerotation needs the keys before the rotary embedding and its frequencies: a model with rotary positions")
-        if keep is None and self.capacity >= kv.pos.shape[-1]:
+        if keep is None and self.whole(kv.pos.shape[-1]):
             return kv, evidence
         kv, evidence = self.base.compress(params, kv, evidence, keep)
         live = live_count(kv.pos)
