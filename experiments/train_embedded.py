@@ -357,7 +357,7 @@ class Args:
     draft: bool = False
     evaluate: bool = False
     seed: int = 0
-    rate: float | None = None  # peak learning rate; None = 3e-3, of the draft 4e-3
+    rate: float = 4e-3  # peak learning rate
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)  # of --evaluate
     count: int = 200  # cases a task and length of --evaluate
     out: pathlib.Path = ROOT / "experiments" / "results" / "embedded"
@@ -369,7 +369,7 @@ def train(args: Args) -> None:
     folder = args.out / name
     phases = (CURRICULUM[:4],) if args.draft else (CURRICULUM, FINISH, LAST)
     stages, ends = sum(phases, ()), np.cumsum([sum(s.steps for s in phase) for phase in phases])
-    peak = args.rate or (4e-3 if args.draft else 3e-3)
+    peak = args.rate
     rate = optax.join_schedules(
         [
             optax.warmup_cosine_decay_schedule(0.0, peak, 100, ends[0], 0.03 * peak),
@@ -381,10 +381,9 @@ def train(args: Args) -> None:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.05, mask=matrices))
     # embeddings of std 0.7: with the usual small ones the first layers see characters too alike to match keys
     params = blocks.stack(blocks.init(cfg, jax.random.key(args.seed), embed_std=0.7))
-    if args.draft:
-        # a direction that all tokens share: what a head needs to look at the characters before, whatever they are
-        params["embed"] += 0.7 * jax.random.normal(jax.random.key(args.seed + 1), (1, cfg.width))
-        params["layers"] |= {k: 1.4 * params["layers"][k] for k in ("q_norm", "k_norm")}
+    # a direction that all tokens share: what a head needs to look at the characters before, whatever they are
+    params["embed"] += 0.7 * jax.random.normal(jax.random.key(args.seed + 1), (1, cfg.width))
+    params["layers"] |= {k: 1.4 * params["layers"][k] for k in ("q_norm", "k_norm")}
     print(f"{name}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {ends[-1]} steps", flush=True)
     ends = np.cumsum([s.steps for s in stages])
 
