@@ -17,7 +17,7 @@ FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
 @pytest.mark.parametrize(
     "ratio, n, want",
-    [(0.35, 10, 4), (0.45, 10, 5), (0.9, 10, 9), (0.1, 10, 1), (0.04, 10, 1), (0.0, 10, 1), (1.0, 7, 7), (0.5, 7, 4), (0.7, 10, 7), (1, 3, 3)],
+    [(0.35, 10, 4), (0.45, 10, 5), (0.9, 10, 9), (0.1, 10, 1), (0.04, 10, 1), (1.0, 7, 7), (0.5, 7, 4), (0.7, 10, 7), (1, 3, 3)],
 )
 def test_capacity_rounds_the_written_decimal_half_up(ratio, n, want):
     assert budget.capacity(ratio, n) == want
@@ -25,7 +25,7 @@ def test_capacity_rounds_the_written_decimal_half_up(ratio, n, want):
 
 def test_a_full_row_keeps_the_capacity():
     live = jnp.arange(1, 201, dtype=jnp.int32)
-    for percent in (*range(0, 100, 7), 25, 50, 75, 90, 100):
+    for percent in (*range(7, 100, 7), 25, 50, 75, 90, 100):
         want = [max(1, math.floor(Fraction(percent * n, 100) + Fraction(1, 2))) for n in range(1, 201)]
         assert [budget.capacity(percent / 100, n) for n in range(1, 201)] == want
         assert budget.keep(percent / 100, live).tolist() == want
@@ -38,8 +38,8 @@ def test_keep_is_exact_for_long_rows_and_at_least_one():
 
 
 def test_ratio_out_of_range():
-    for bad in (1.2, -0.1, math.nan):
-        with pytest.raises(ValueError, match=r"ratio must be from 0\.0 to 1\.0"):
+    for bad in (1.2, -0.1, 0.0, math.nan):
+        with pytest.raises(ValueError, match="ratio is the fraction kept, over 0 and at most 1"):
             budget.capacity(bad, 10)
     with pytest.raises(ValueError, match="n must be >= 1, got 0"):
         budget.capacity(0.5, 0)

@@ -8,7 +8,7 @@ from tests.methods import toys
 
 small = {
     "tova": lambda capacity: TOVA(capacity=capacity),
-    "tova:official": lambda capacity: TOVA(capacity=capacity, variant="official"),
+    "tova:kvpress": lambda capacity: TOVA(capacity=capacity, variant="kvpress"),
 }
 
 
@@ -74,7 +74,7 @@ def test_each_step_evicts_the_argmin():
 
 
 def test_checks_of_a_policy():
-    toys.check_policy(lambda capacity: TOVA(capacity=capacity), protected=lambda p, seen: p == seen - 1)
+    toys.check_policy(lambda capacity: TOVA(capacity=capacity, variant="kvpress"), protected=lambda p, seen: p == seen - 1)
     with pytest.raises(ValueError, match="variant must be one of kvpress, official"):
         TOVA(capacity=4, variant="mean")
     with pytest.raises(ValueError, match=r"evidence\.rows is missing"):
