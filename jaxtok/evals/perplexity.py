@@ -74,7 +74,8 @@ def measure(
         fn = functools.partial(nll, cfg, recipe, skip)
         program = programs.get("nll", (recipe, skip), fn, (params, rows, key))
         found.append([np.asarray(x) for x in program.call(params, rows, key)])
-    assert program is not None  # there is at least one window
+    if program is None:
+        raise ValueError(f"no windows to measure: ids have shape {ids.shape}")
     score, kept, lost = (np.concatenate(x) for x in zip(*found, strict=True))
     return score, kept, lost, program
 
