@@ -9,7 +9,7 @@ import pytest
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import Sampler, generate, prefill_chunked, replay
 from jaxtok.methods import H2O, ExpectedAttention, SnapKV, StreamingLLM
-from jaxtok.models import blocks, decoder
+from jaxtok.models import blocks, decoder, load
 from jaxtok.models.config import Config
 
 PLAIN = Recipe()
@@ -144,3 +144,17 @@ def test_chunked_prefill_refuses_what_it_cannot_do(world):
         prefill_chunked(CFG, params, ids, LIVE, Recipe(cache=SnapKV(capacity=9, window=8)), chunk=4, new=1)
     with pytest.raises(ValueError, match="chunk must be >= 1"):
         prefill_chunked(CFG, params, ids, LIVE, chunk=0, new=1)
+
+
+def test_a_real_checkpoint_continues_as_published(data):
+    """200 greedy tokens of the TinyStories Llama through prefill, cache and the jitted loop: the published text, character for character."""
+    cfg, params, tokenizer = load.load(data / "stories260K")
+    start = jnp.asarray([[cfg.bos]], jnp.int32)
+
+    @jax.jit
+    def run(params):
+        tokens, layers = decoder.prefill(cfg, params, decoder.embed(cfg, params, start), new=200)
+        return generate(cfg, params, tokens, layers, new=200, eos=()).ids
+
+    said = tokenizer.decode([cfg.bos, *run(params)[0].tolist()])
+    assert said.strip() == (data / "stories260K" / "expected_greedy_200steps.txt").read_text().strip()
