@@ -34,7 +34,7 @@ class AdaKV(CacheCompressor):
 
     Memory: every head has ceil(slack * capacity) static slots, at most n, which is what is allocated; a budget is so made honest
     at slack = 1 only. Slots beyond a head's budget are dead. What a head with more than `slack` times the average has no room for
-    is dropped (lowest scores first) and counted in `lost`.
+    goes to the best remaining candidates of the heads that have; `lost` counts protected tokens that found no room.
 
     Needs a base that scores (`CacheScorer`); wrap `PerLayer` or `KeyRerotation` around this, not inside.
     """
@@ -115,12 +115,19 @@ class AdaKV(CacheCompressor):
         if self.variant == "kvpress":
             least = jnp.clip(keep * p // q - taken, 0, room)
             first = select.choose(score, free, least)
-            return least + _picks(joint, free & ~first, total - jnp.sum(least, -1, dtype=jnp.int32), most)
-        picks = _picks(joint, free, total, most)
-        if self.variant == "official":
-            even = jnp.round(picks.astype(jnp.float32) * (1 - self.alpha) + (room * p // q).astype(jnp.float32))
-            return jnp.clip(even.astype(jnp.int32), 0, there)
-        return budget.apportion((q - p) * picks + p * room, q)
+            count = least + _picks(joint, free & ~first, total - jnp.sum(least, -1, dtype=jnp.int32), most)
+        elif self.variant == "official":
+            picks = _picks(joint, free, total, most).astype(jnp.float32)
+            even = jnp.round(picks * (1 - self.alpha) + (room * p // q).astype(jnp.float32))
+            count = jnp.clip(even.astype(jnp.int32), 0, there)
+        else:
+            count = budget.apportion((q - p) * _picks(joint, free, total, most) + p * room, q)
+        fits = jnp.maximum(self._room(most) - taken, 0)
+        if self._room(most) >= min(live.shape[-1], live.shape[-2] * most):
+            return count  # every head has room for all that it can get
+        within = jnp.minimum(count, fits)
+        more = select.choose(score, free, fits) & ~select.choose(score, free, within)
+        return within + _picks(joint, more, jnp.sum(count - within, -1, dtype=jnp.int32), most)
 
 
 def _picks(score, candidate, total, most: int):
