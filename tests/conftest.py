@@ -1,5 +1,6 @@
 """Strictness for every test, and the shared data when it is there."""
 
+import collections
 import os
 import pathlib
 
@@ -12,6 +13,28 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 2)  # sharding laws
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    """What shares compiled programs runs in one process under `-n`: a file, or the laws of one method."""
+    for item in items:
+        label = getattr(item, "callspec", None) and item.callspec.params.get("label")
+        item.add_marker(pytest.mark.xdist_group(f"law {label}" if label else str(item.path)))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The exemptions from the laws, and the methods whose laws took longest."""
+    seconds = collections.Counter()
+    for report in (r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])):
+        if "test_law[" in report.nodeid:
+            seconds[report.nodeid.split("test_law[")[1].rsplit("-", 1)[0]] += report.duration
+    if seconds:
+        from tests.methods.test_laws import EXEMPT
+
+        terminalreporter.section("laws")
+        for (label, law), reason in EXEMPT.items():
+            terminalreporter.line(f"exempt: {label}: {law}: {reason}")
+        terminalreporter.line("slowest: " + ", ".join(f"{label} {t:.1f} s" for label, t in seconds.most_common(10)))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -273,6 +274,8 @@ def save(path: str | os.PathLike[str], cfg: Config, params: Params, tokenizer: T
     stale = [p.name for end in ("*.safetensors", "*.safetensors.index.json") for p in folder.glob(end) if p.name not in ours]
     if stale:
         raise ValueError(f"{folder} holds other weights ({', '.join(sorted(stale))}); save into another directory or remove them")
+    described = folder / "config.json"
+    described.write_text(json.dumps(config, indent=1) + "\n")
     for file, names in zip(files, shards, strict=True):
         tensors = {}
         for name in names:
@@ -281,12 +284,12 @@ def save(path: str | os.PathLike[str], cfg: Config, params: Params, tokenizer: T
             tensors[name] = np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
         # written aside and renamed: a killed save leaves no half file under the final name
         safetensors.numpy.save_file(tensors, folder / (file + ".part"), metadata={"format": "pt"})
+        shutil.copymode(described, folder / (file + ".part"))  # safetensors writes for the owner alone
         os.replace(folder / (file + ".part"), folder / file)
     if len(shards) > 1:
         weights = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(int(np.prod(s)) for parts in table.values() for _, s in parts) * kind.itemsize
         index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weights}, indent=1) + "\n")
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
 
