@@ -111,7 +111,7 @@ class Torch:
 class Jaxtok:
     """Ours: two compiled programs."""
 
-    def __init__(self, cfg, params, ids, new, recipe=Recipe()):
+    def __init__(self, cfg, params, ids, new, recipe=decoder.PLAIN):
         self.params, self.ids = params, jnp.asarray(ids, jnp.int32)
 
         def prefill(params, ids):

@@ -26,6 +26,7 @@ MAY_IMPORT = {
 MAY_IMPORT["jaxtok.train"] = {*MAY_IMPORT, "jaxtok.decode"}
 MAY_IMPORT["jaxtok.evals"] = {*MAY_IMPORT, "jaxtok.train"}
 MAY_IMPORT["jaxtok.cli"] = {*MAY_IMPORT, "jaxtok.evals"}
+MAY_IMPORT["jaxtok.testing"] = {"jaxtok.core", "jaxtok.ops", "jaxtok.models"}
 LONGEST = {"jaxtok.methods": 200, "jaxtok.core": 250, "jaxtok_kernels": 350}  # lines; 400 elsewhere
 
 

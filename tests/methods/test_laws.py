@@ -11,7 +11,8 @@ from jaxtok.core.protocols import CacheScorer
 from jaxtok.core.reduce import reduce_kv
 from jaxtok.core.select import choose, pack
 from jaxtok.core.types import Needs
-from tests.methods.laws import LAWS, makers
+from jaxtok.testing import LAWS
+from tests.methods.laws import makers
 
 # (label, law): the reason, from the method's card. A row whose law holds is stale and fails.
 _MOVED = "keys move to compact positions by design: the masked full cache keeps the old distances"
