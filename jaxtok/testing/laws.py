@@ -249,7 +249,7 @@ def sharded(make):
     if not once(method):
         return
     if len(jax.devices()) < 2:
-        raise Unable("needs two devices; on a CPU: jax.config.update('jax_num_cpu_devices', 2) before JAX runs anything")
+        raise Unable("it needs two devices; on a CPU: jax.config.update('jax_num_cpu_devices', 2) before JAX runs anything")
     kv, evidence = layer_state()
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     keep = jnp.full((B, 1), CAP, jnp.int32)
