@@ -27,8 +27,8 @@ class AdaKV(CacheCompressor):
     of equal scores.
 
     variant: "paper" as above. "official" (FFY0/AdaKV): c_h = round_half_even(float32((1 - alpha) a_h) + floor(alpha c)); the sum is
-    then not g*c (251 of 256 was seen). "kvpress": every head keeps its best floor(alpha * keep), protected ones included; the
-    rest of g*c goes to the jointly best of what remains.
+    then not g*c (251 of 256 was seen). "kvpress": every head keeps its best floor(alpha * keep), protected ones included, at least one
+    unless alpha is 0; the rest of g*c goes to the jointly best of what remains.
     `normalize` (official option): in the joint ranking a head's scores (>= 0) count times the share of its c best in its sum.
     `skip` (official option): the first `skip` layers use `base` as it is.
 
@@ -113,7 +113,7 @@ class AdaKV(CacheCompressor):
             share = jnp.sum(jnp.where(best, score, 0.0), -1) / jnp.where(whole > 0, whole, 1.0)
             joint = score * share[..., None]
         if self.variant == "kvpress":
-            least = jnp.clip(keep * p // q - taken, 0, room)
+            least = jnp.clip(jnp.maximum(keep * p // q, min(p, 1)) - taken, 0, room)
             first = select.choose(score, free, least)
             count = least + _picks(joint, free & ~first, total - jnp.sum(least, -1, dtype=jnp.int32), most)
         elif self.variant == "official":

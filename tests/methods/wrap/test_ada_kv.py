@@ -29,7 +29,8 @@ def test_budgets_by_hand():
         (dict(alpha=0.5), [3, 1]),
         (dict(alpha=0.3, variant="official"), [3, 0]),  # round(2.8 + 0), round(0 + 0): 3 of 4
         (dict(alpha=0.5, variant="kvpress"), [3, 1]),  # one each is safe, the other two are the best left
-        (dict(alpha=0.4, variant="kvpress"), [4, 0]),  # floor(0.8) = 0 safe
+        (dict(alpha=0.4, variant="kvpress"), [3, 1]),  # floor(0.8) = 0, but one is always safe
+        (dict(alpha=0.0, variant="kvpress"), [4, 0]),  # unless alpha is 0
     ]
     outs = run(*((AdaKV(base=Given(capacity=2), slack=2.0, **options), cache(HAND)) for options, _ in table))
     for (options, want), out in zip(table, outs, strict=True):
@@ -70,7 +71,8 @@ def reference(scores, pos, keep, alpha, variant, recent, slots):
     by_score = [sorted(free[h], key=lambda j: (-scores[h][j], j)) for h in heads]
     share = Fraction(str(alpha))
     if variant == "kvpress":
-        least = [min(max(math.floor(share * keep) - len(safe[h]), 0), c[h]) for h in heads]
+        floor = max(math.floor(share * keep), 1 if share else 0)
+        least = [min(max(floor - len(safe[h]), 0), c[h]) for h in heads]
         pool = sorted((-scores[h][j], h, j) for h in heads for j in by_score[h][least[h] :])[: sum(c) - sum(least)]
         count = [least[h] + sum(g == h for _, g, _ in pool) for h in heads]
     else:
