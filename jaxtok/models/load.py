@@ -141,6 +141,8 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
         raise ValueError(f"{folder} has {len(files)} safetensors files but neither model.safetensors nor model.safetensors.index.json")
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise ValueError(f"{folder} has pickled weights only, which are never opened: they can run code; convert them to safetensors")
+    if any(folder.glob("*.msgpack")):
+        raise ValueError(f"{folder} has Flax weights only; models.flax_msgpack.read gives their arrays, load takes safetensors")
     raise ValueError(f"{folder} has a config.json but no safetensors file")
 
 
@@ -224,6 +226,8 @@ def _hf_tokenizer(folder: pathlib.Path, cfg: Config) -> Tokenizer | None:
 def _load_llama2c(path: pathlib.Path, dtype: Any, place: Any, progress: Progress | None) -> tuple[Config, Params, Tokenizer | None]:
     if path.suffix == ".safetensors":
         raise ValueError(f"{path}: give the directory that holds config.json, not the safetensors file")
+    if path.suffix == ".msgpack":
+        raise ValueError(f"{path}: a Flax checkpoint holds no configuration; models.flax_msgpack.read(path, like=...) reads its arrays")
     cfg, weights = llama2c.read(path)
     params: Params = {"layers": tuple({} for _ in range(cfg.layers))}
     for done, (at, read) in enumerate(weights.items()):
