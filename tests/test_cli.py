@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, and how it refuses."""
 
+import inspect
 import json
 import os
 import pathlib
@@ -38,8 +39,13 @@ def test_list_of_one(capsys):
     assert cli.main(["list", "snapkv"]) == 0
     text = capsys.readouterr().out
     assert "arXiv:2404.14469" in text and "window=64" in text and "capacity=" not in text
+    assert inspect.getdoc(registry.get("snapkv")) in text  # all of it
+    assert text.endswith("  url = {https://arxiv.org/abs/2404.14469}\n}\n") and "@misc{snapkv,\n  title = {{SnapKV: LLM Knows" in text
     assert cli.main(["list", "snapkv", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["options"]["window"] == 64
+    entry = json.loads(capsys.readouterr().out)
+    assert entry["options"]["window"] == 64 and entry["bibtex"] == registry.get("snapkv").bibtex
+    assert cli.main(["list", "random"]) == 0
+    assert "@" not in capsys.readouterr().out  # a baseline has nothing to cite
 
 
 def test_generate(model, capsys):
@@ -118,7 +124,7 @@ def test_an_interrupt_is_130(monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_list", interrupted)
+    monkeypatch.setattr(cli.List, "run", interrupted)
     assert cli.main(["list"]) == 130
     assert capsys.readouterr().err == "jaxtok: interrupted\n"
 
@@ -132,6 +138,21 @@ def test_as_a_module():
         and done.stderr.startswith("jaxtok: unknown method 'nope'")
         and done.stderr.count("\n") == 1
     )
+
+
+@pytest.mark.parametrize("argv", [["list"], ["list", "snapkv"]], ids=["table", "page"])
+def test_a_reader_that_stops_is_no_error(argv):
+    """As in `jaxtok list | head -1`: not a word, and the exit code of a program that the closed pipe ended."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxtok", *argv], stdout=write, stderr=subprocess.PIPE, text=True, env=env, timeout=120
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_importing_the_package_brings_in_little():

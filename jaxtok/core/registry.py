@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -15,11 +16,17 @@ _REGISTRY: dict[str, type] = {}
 T = TypeVar("T")
 
 
-def register(name: str, *, paper: str, site: str) -> Callable[[type[T]], type[T]]:
-    """Class decorator: makes a method known under `name` and sets its `name`, `paper` and `site` (a Recipe field).
+def register(
+    name: str, *, paper: str, site: str, title: str | None = None, authors: str | None = None, year: int | None = None
+) -> Callable[[type[T]], type[T]]:
+    """Class decorator: makes a method known under `name` and sets its `name`, `paper`, `site` (a Recipe field) and `bibtex`.
 
-    ValueError for a name that is taken, a site that is not a Recipe field, or a method that is no frozen dataclass.
+    paper: "arXiv:2404.14469", "doi:...", an https address, or "baseline" (there is none).
+    title, authors ("Ada Lovelace and Charles Babbage"), year (None = that of the arXiv id): what to cite; without a title `bibtex` is "".
+
+    ValueError for a name that is taken, a site that is not a Recipe field, a method that is no frozen dataclass, half a citation.
     """
+    bibtex = "" if title is None else _bibtex(name, paper, title, authors, year)
 
     def add(cls: Any) -> Any:
         old = _REGISTRY.get(name)
@@ -32,11 +39,26 @@ def register(name: str, *, paper: str, site: str) -> Callable[[type[T]], type[T]
         dataclass = getattr(cls, "__dataclass_params__", None)
         if dataclass is None or not dataclass.frozen:
             raise ValueError(f"method {name!r} must be a frozen dataclass")
-        cls.name, cls.paper, cls.site = name, paper, site
+        cls.name, cls.paper, cls.site, cls.bibtex = name, paper, site, bibtex
         _REGISTRY[name] = cls
         return cls
 
     return add
+
+
+def _bibtex(name: str, paper: str, title: str, authors: str | None, year: int | None) -> str:
+    kind, _, number = paper.partition(":")
+    if year is None and kind == "arXiv":
+        year = 2000 + int(number[:2])
+    if not authors or year is None:
+        raise ValueError(f"method {name!r}: a title goes with authors and, where paper is no arXiv id, a year; got {authors!r}, {year!r}")
+    plain = lambda text: re.sub(r"([&%#_])", r"\\\1", text)
+    fields = {"title": f"{{{plain(title)}}}", "author": plain(authors), "year": str(year)}
+    if kind == "arXiv":
+        fields |= {"eprint": number, "archivePrefix": "arXiv", "url": f"https://arxiv.org/abs/{number}"}
+    else:
+        fields |= {"doi": number} if kind == "doi" else {"url": paper}
+    return f"@misc{{{name},\n" + ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items()) + "\n}"
 
 
 def names(site: str | None = None) -> tuple[str, ...]:

@@ -47,6 +47,24 @@ def test_refused():
     assert registry.names() == ("some",), "what was refused is not known"
 
 
+def test_what_to_cite():
+    make = lambda: dataclasses.make_dataclass("Cited", [], frozen=True)
+    who = {"title": "50% of R&D: a_b", "authors": "Ada Lovelace and Charles Babbage"}
+    assert register("plain", paper="baseline", site="cache")(make()).bibtex == ""
+    assert register("new", paper="arXiv:2512.01234", site="cache", **who)(make()).bibtex == (
+        "@misc{new,\n  title = {{50\\% of R\\&D: a\\_b}},\n  author = {Ada Lovelace and Charles Babbage},\n  year = {2025},\n"
+        "  eprint = {2512.01234},\n  archivePrefix = {arXiv},\n  url = {https://arxiv.org/abs/2512.01234}\n}"
+    )
+    assert "year = {2024},\n" in register("later", paper="arXiv:2312.01234", site="cache", year=2024, **who)(make()).bibtex
+    assert register("one", paper="doi:10.1/a_b", site="cache", year=1843, **who)(make()).bibtex.endswith(
+        "year = {1843},\n  doi = {10.1/a_b}\n}"
+    )
+    assert "  url = {https://x.org/a_b}\n" in register("two", paper="https://x.org/a_b", site="cache", year=1843, **who)(make()).bibtex
+    for paper, half in (("arXiv:2512.01234", {"title": "T"}), ("https://x.org", who)):
+        with pytest.raises(ValueError, match="method 'half': a title goes with authors and"):
+            register("half", paper=paper, site="cache", **half)
+
+
 def test_sites_are_the_fields_of_a_recipe():
     from jaxtok.core.recipe import Recipe
 

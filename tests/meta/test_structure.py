@@ -82,6 +82,8 @@ def test_a_method_file_has_its_test(path):
 def test_a_method_says_what_it_is(name):
     cls = registry.get(name)
     assert re.fullmatch(r"arXiv:\d{4}\.\d{4,5}|doi:\S+|https://\S+|baseline", cls.paper), f"{name}: paper is {cls.paper!r}"
+    if cls.paper != "baseline":
+        assert cls.bibtex, f"{name}: register(..., title=, authors=) says what to cite"
     assert cls.site in registry.SITES
     assert cls.__module__.rsplit(".", 1)[1].split(".")[0] == name, f"{name} lives in {cls.__module__}"
     assert inspect.getdoc(cls) and len(inspect.getdoc(cls).splitlines()) >= 3, f"{name}: the docstring is the specification"

@@ -13,7 +13,13 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs, Protect
 
 
-@register("expected_attention", paper="arXiv:2510.00636", site="cache")
+@register(
+    "expected_attention",
+    site="cache",
+    paper="arXiv:2510.00636",
+    title="Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
+    authors="Alessio Devoto and Maximilian Jeblick and Simon Jégou",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(CacheScorer):
     """Keep the keys that future queries can be expected to attend to, were they Gaussian like the past ones.

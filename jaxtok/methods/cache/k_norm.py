@@ -11,7 +11,13 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Protect
 
 
-@register("k_norm", paper="arXiv:2406.11430", site="cache")
+@register(
+    "k_norm",
+    site="cache",
+    paper="arXiv:2406.11430",
+    title="A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
+    authors="Alessio Devoto and Yu Zhao and Simone Scardapane and Pasquale Minervini",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KNorm(CacheScorer):
     """Keep the keys of least norm: those with low norms get much attention.  score_j = -|k_j|_2.

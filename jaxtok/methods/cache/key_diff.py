@@ -11,7 +11,13 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Protect
 
 
-@register("key_diff", paper="arXiv:2504.15364", site="cache")
+@register(
+    "key_diff",
+    site="cache",
+    paper="arXiv:2504.15364",
+    title="KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained Environments",
+    authors="Junyoung Park and Dalton Jones and Matthew J. Morse and Raghavv Goel and Mingu Lee and Chris Lott",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyDiff(CacheScorer):
     """Keep the keys least like the mean key.  score_j = -cos(k_j, a),  a = mean over the live i of k_i / |k_i|.

@@ -14,7 +14,16 @@ from jaxtok.core.types import KV, Evidence, Needs, Plan, Protect
 LONG = 1 << 24  # a cache too long to cut the pyramid's tip off
 
 
-@register("pyramidkv", paper="arXiv:2406.02069", site="cache")
+@register(
+    "pyramidkv",
+    site="cache",
+    paper="arXiv:2406.02069",
+    title="PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling",
+    authors=(
+        "Zefan Cai and Yichi Zhang and Bofei Gao and Yuliang Liu and Tianyu Liu and Keming Lu and Wayne Xiong and Yue Dong and Baobao "
+        "Chang and Junjie Hu and Wen Xiao"
+    ),
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PyramidKV(CacheScorer):
     """SnapKV's selection with a budget that falls with depth: early layers spread their attention, late ones do not.

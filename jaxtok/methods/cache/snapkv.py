@@ -10,7 +10,16 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs, Protect
 
 
-@register("snapkv", paper="arXiv:2404.14469", site="cache")
+@register(
+    "snapkv",
+    site="cache",
+    paper="arXiv:2404.14469",
+    title="SnapKV: LLM Knows What You are Looking for Before Generation",
+    authors=(
+        "Yuhong Li and Yingbing Huang and Bowen Yang and Bharat Venkitesh and Acyr Locatelli and Hanchen Ye and Tianle Cai and Patrick "
+        "Lewis and Deming Chen"
+    ),
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapKV(CacheScorer):
     """Keep the last `window` tokens and the keys that they attend to most.

@@ -11,7 +11,16 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs
 
 
-@register("h2o", paper="arXiv:2306.14048", site="policy")
+@register(
+    "h2o",
+    site="policy",
+    paper="arXiv:2306.14048",
+    title="H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+    authors=(
+        "Zhenyu Zhang and Ying Sheng and Tianyi Zhou and Tianlong Chen and Lianmin Zheng and Ruisi Cai and Zhao Song and Yuandong Tian "
+        "and Christopher Ré and Clark Barrett and Zhangyang Wang and Beidi Chen"
+    ),
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O(CachePolicy):
     """Keep the newest tokens and, of the older ones, those that have received most attention.

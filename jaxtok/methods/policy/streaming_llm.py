@@ -11,7 +11,13 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Protect
 
 
-@register("streaming_llm", paper="arXiv:2309.17453", site="policy")
+@register(
+    "streaming_llm",
+    site="policy",
+    paper="arXiv:2309.17453",
+    title="Efficient Streaming Language Models with Attention Sinks",
+    authors="Guangxuan Xiao and Yuandong Tian and Beidi Chen and Song Han and Mike Lewis",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StreamingLLM(CachePolicy):
     """Keep the first `sinks` tokens and the newest others; no score is computed.

@@ -12,7 +12,13 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs
 
 
-@register("tova", paper="arXiv:2401.06104", site="policy")
+@register(
+    "tova",
+    site="policy",
+    paper="arXiv:2401.06104",
+    title="Transformers are Multi-State RNNs",
+    authors="Matanel Oren and Michael Hassid and Nir Yarden and Yossi Adi and Roy Schwartz",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TOVA(CachePolicy):
     """Drop the token that the newest query attends to least; all heads of a layer keep the same tokens.

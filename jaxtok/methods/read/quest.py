@@ -22,7 +22,13 @@ class Pages(NamedTuple):
     high: jax.Array  # [b g p d]
 
 
-@register("quest", paper="arXiv:2406.10774", site="reader")
+@register(
+    "quest",
+    site="reader",
+    paper="arXiv:2406.10774",
+    title="Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+    authors="Jiaming Tang and Yilong Zhao and Kan Zhu and Guangxuan Xiao and Baris Kasikci and Song Han",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quest(Reader):
     """Read the pages of keys that may hold the largest logits; nothing is evicted.

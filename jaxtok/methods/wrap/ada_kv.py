@@ -14,7 +14,13 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
 
 
-@register("ada_kv", paper="arXiv:2407.11550", site="cache")
+@register(
+    "ada_kv",
+    site="cache",
+    paper="arXiv:2407.11550",
+    title="Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM Inference",
+    authors="Yuan Feng and Junlin Lv and Yukun Cao and Xike Xie and S. Kevin Zhou",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaKV(CacheCompressor):
     """Spread the slots that `base` would keep over the KV heads of a layer by one joint ranking of its scores.

@@ -13,7 +13,14 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs, Plan
 
 
-@register("chain", paper="https://github.com/NVIDIA/kvpress", site="cache")
+@register(
+    "chain",
+    site="cache",
+    paper="https://github.com/NVIDIA/kvpress",
+    title="KVPress",
+    authors="NVIDIA",
+    year=2024,
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chain(CacheCompressor):
     """Compress by `methods[0]`, what is left by `methods[1]`, and so on; each sees the evidence of what is left.

@@ -14,7 +14,14 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
 
 
-@register("chunked", paper="https://github.com/NVIDIA/kvpress", site="cache")
+@register(
+    "chunked",
+    site="cache",
+    paper="https://github.com/NVIDIA/kvpress",
+    title="KVPress",
+    authors="NVIDIA",
+    year=2024,
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunked(CacheCompressor):
     """Compress each run of `chunk` live tokens by itself, all to the same ratio.

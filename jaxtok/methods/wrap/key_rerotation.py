@@ -13,7 +13,13 @@ from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
 
 
-@register("key_rerotation", paper="arXiv:2408.00167", site="cache")
+@register(
+    "key_rerotation",
+    site="cache",
+    paper="arXiv:2408.00167",
+    title="Finch: Prompt-guided Key-Value Cache Compression",
+    authors="Giulio Corallo and Paolo Papotti",
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeyRerotation(CacheCompressor):
     """Compress by `base`, then rotate the keys that stay to compact positions: k_j = R(id_j) k_j^unrotated.

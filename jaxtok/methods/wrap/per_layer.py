@@ -10,7 +10,14 @@ from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs, Plan
 
 
-@register("per_layer", paper="https://github.com/NVIDIA/kvpress", site="cache")
+@register(
+    "per_layer",
+    site="cache",
+    paper="https://github.com/NVIDIA/kvpress",
+    title="KVPress",
+    authors="NVIDIA",
+    year=2024,
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerLayer(CacheCompressor):
     """Layer i keeps `capacities[i]` slots a head by `base`, instead of `base`'s own capacity.

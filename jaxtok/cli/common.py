@@ -1,0 +1,63 @@
+"""What the commands share: methods from outside, the model, the terminal."""
+
+import dataclasses
+import importlib.resources
+import pathlib
+import sys
+from typing import Annotated, Any
+
+import tyro
+
+EMBEDDED = "embedded"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options of every command."""
+
+    import_: Annotated[tuple[str, ...], tyro.conf.arg(name="import", metavar="FILE.py|MODULE"), tyro.conf.UseAppendAction] = ()
+    """A Python file or module that registers methods, such as my_method.py. Those of installed packages (entry points of the group
+    jaxtok.methods) are there without it."""
+
+    def fill_registry(self) -> None:
+        """Register the methods of the package, of installed packages (a line on stderr for each that fails) and of `import_`."""
+        import jaxtok.methods  # noqa: F401
+        from jaxtok.core import plugins
+
+        for line in plugins.discover():
+            print(f"jaxtok: {line}", file=sys.stderr)
+        for what in self.import_:
+            plugins.load(what)
+
+    def run(self) -> None:
+        """What the command does."""
+        raise NotImplementedError
+
+
+def console(least: int = 100) -> Any:
+    """A rich console, at least so wide."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:  # rich would leave with exit code 1
+            raise  # the BrokenPipeError that is being handled
+
+    out = Plain(highlight=False)
+    return out if out.width >= least else Plain(highlight=False, width=least)
+
+
+def load_model(name: str) -> tuple[Any, Any, Any]:
+    """(cfg, params, tokenizer) of a checkpoint with a tokenizer."""
+    from jaxtok.evals import report
+    from jaxtok.models import load
+
+    path: Any = name
+    if name == EMBEDDED and not pathlib.Path(name).exists():
+        path = pathlib.Path(str(importlib.resources.files("jaxtok.models") / EMBEDDED))
+        if not (path / "config.json").is_file():
+            raise ValueError("the embedded model is not in this installation; name a checkpoint with --model")
+    with report.bar("loading") as progress:
+        cfg, params, tokenizer = load.load(path, progress=progress)
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer (tokenizer.json, or tokenizer.bin beside a llama2.c file)")
+    return cfg, params, tokenizer

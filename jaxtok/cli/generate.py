@@ -1,0 +1,84 @@
+"""`jaxtok generate`: continue prompts with a method at work on the cache."""
+
+import dataclasses
+import json
+import sys
+
+from jaxtok.cli.common import EMBEDDED, Common, load_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Common):
+    """Continue prompts with a method at work on the cache."""
+
+    prompt: tuple[str, ...]
+    """One text or several, which then run as one batch; - reads one from standard input."""
+    model: str = EMBEDDED
+    """A Hugging Face directory or hub id, a llama2.c .bin file or directory, or `embedded`, the model of the package."""
+    methods: tuple[str, ...] = ("full",)
+    """Such as snapkv:window=32 or ada_kv:base=k_norm; each continues all prompts."""
+    budget: str = "50%"
+    """Slots that a method keeps a KV head: a number of tokens or a share of the prompt (25%)."""
+    new: int = 100
+    """Tokens to generate at most."""
+    temperature: float = 0.0
+    """0 = greedy."""
+    top_k: int | None = None
+    """Draw from the k most probable tokens."""
+    top_p: float | None = None
+    """Draw from the most probable tokens that hold this mass."""
+    min_p: float | None = None
+    """Draw from tokens at least this share as probable as the best."""
+    seed: int = 0
+    """Of what is drawn."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+
+        from jaxtok.core.registry import parse_budget
+        from jaxtok.core.types import live_count
+        from jaxtok.decode import Sampler, generate
+        from jaxtok.evals import cases, measure
+        from jaxtok.models import decoder, text
+
+        sampler = Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+        size = parse_budget(self.budget)
+        for spec in self.methods:
+            measure.site_of(spec)
+        cfg, params, tokenizer = load_model(self.model)
+        prompts = [sys.stdin.read() if p == "-" else p for p in self.prompt]
+        encoded = [tokenizer.encode(p, special=True) for p in prompts]
+        if not all(encoded):
+            raise ValueError("the prompt is empty and the model has no token that begins a text; give a prompt")
+        ids, live = map(jnp.asarray, text.pad(encoded, bucket=cases.BUCKET))
+        capacity, found = cases.slots(size, ids.shape[1]), []
+        recipes = [measure.recipe_of(spec, capacity) for spec in self.methods]
+        for recipe in recipes:
+            recipe.validate(cfg)
+
+        def run(recipe, params, ids, live, key):
+            keep, after = measure.keeps(recipe, cases.keep(size, live), capacity)
+            tokens, layers = decoder.prefill(cfg, params, decoder.embed(cfg, params, ids, live), recipe, new=self.new, keep=keep, key=key)
+            out = generate(cfg, params, tokens, layers, recipe, new=self.new, sampler=sampler, key=key, keep=after)
+            live_slots = [jnp.mean(live_count(part.kv.pos).astype(jnp.float32)) for parts in layers for part in parts]
+            return out.ids, out.count, sum(live_slots) / len(live_slots)
+
+        for spec, recipe in zip(self.methods, recipes, strict=True):
+            own = recipe.init_params(jax.random.key(self.seed), cfg)
+            full = params | {"methods": own} if jax.tree.leaves(own) else params
+            said, count, kept = jax.jit(run, static_argnums=0)(recipe, full, ids, live, jax.random.key(self.seed))
+            for i, (prompt, row) in enumerate(zip(prompts, np.asarray(said), strict=True)):
+                row = [int(t) for t in row[: int(count[i])] if int(t) not in cfg.eos]
+                whole = tokenizer.decode([*encoded[i], *row])
+                found.append({"method": spec, "prompt": prompt, "text": whole, "ids": row, "kept": float(kept)})
+        if self.json:
+            print(json.dumps(found, indent=1))
+            return
+        for entry in found:
+            if len(found) > 1:
+                print(f"--- {entry['method']}, {entry['kept']:.1f} slots kept of a prompt of up to {ids.shape[1]}")
+            print(entry["text"])
