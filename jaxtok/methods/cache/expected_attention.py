@@ -33,8 +33,8 @@ class ExpectedAttention(CacheScorer):
     tokens counts as many times (log count added to z). `covariance=False`: Sigma = 0, the attention of the mean query; `vnorm=False`:
     no factor |v|. kvpress sets epsilon to 0, and to 0.02 under AdaKV.
 
-    Departures: moments are those of the queries themselves, so query/key norms (Qwen3, Gemma3), which kvpress refuses, are exact; query
-    biases are in. `scale` stands for 1/sqrt(d) where a model has another; soft-capping and sliding windows are not modelled.
+    Moments are those of the queries themselves, after query norms (Qwen3, Gemma3) and with biases, as in kvpress 0.5.5, whose kept tokens
+    these are. `scale` stands for 1/sqrt(d) where a model has another; soft-capping and sliding windows are not modelled.
     """
 
     reads_rotated: ClassVar[bool] = True

@@ -39,7 +39,8 @@ class PyramidKV(CacheScorer):
 
     variant="official": the step between layers is (max - min) // (l - 1), so the late layers, and the sum, are larger.
     variant="kvpress": the window lies inside what is shared out (c = capacity, no + w), min is not rounded, and the layers are uniform
-    unless n >= max >= min >= w, which at the usual budgets is the case; kvpress rounds half to even.
+    unless n >= max >= min >= w, which at the usual budgets is the case. kvpress rounds half to even, and shares out n (1 - ratio) tokens
+    where that is no whole number, too.
 
     Departures: n is the bucket's length, so that shapes are static: a row shorter than an early layer's slots leaves some of them empty
     and late layers do not make up for it. Selection at the KV heads as in SnapKV.
