@@ -1,4 +1,4 @@
-"""What a method must supply at each site. The base class owns everything but the formula.
+"""What a method must supply at each site; the base class owns everything but the formula.
 
 Every function takes `params` first: the learned weights made by `init_params` ({} where there are none). Methods are frozen
 dataclasses of static hyper-parameters, so all of them hash and can be static arguments of jit.
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import budget, reduce, select
-from jaxtok.core.types import KV, BlockTable, Evidence, KeyIndex, Needs, Plan, Protect, Tokens, live_count
+from jaxtok.core.types import KV, BlockTable, Evidence, Frozen, KeyIndex, Needs, Plan, Protect, Tokens, live_count
 
 
 class Method:
@@ -56,6 +56,7 @@ class CacheCompressor(Method):
     """Site cache: once, after a prefill, layer by layer."""
 
     aligned: ClassVar[bool] = False  # all heads and layers keep the same tokens
+    groups: ClassVar[int] = 1  # head groups that it tells apart; more than one goes with Recipe.heads
     rotates: ClassVar[bool] = False  # turns stored keys in `compress`, so its plan alone is not the method
     reads_rotated: ClassVar[bool] = False  # compares with rotated keys
     capacity: int
@@ -77,6 +78,10 @@ class CacheCompressor(Method):
         """The instance for 0-based layer `i` of `layers`."""
         return self
 
+    def head_group(self, j: int) -> "CacheCompressor | None":
+        """The instance for head group `j`; None leaves its cache whole."""
+        return self
+
     def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
         """The plan [b g m] for this layer's cache. `keep`: int, [b], [b 1] or [b g] live slots, at most the capacity."""
         raise NotImplementedError(f"{type(self).__name__} must make a plan")
@@ -87,6 +92,11 @@ class CacheCompressor(Method):
             return kv, evidence
         plan = self.plan(params, kv, evidence, keep)
         return reduce.reduce_kv(plan, kv), reduce.move(plan, evidence)
+
+
+    def freeze(self, params, kv: KV, evidence: Evidence) -> tuple[KV, Frozen | None]:
+        """After `compress`: the slots that new tokens join, and those that are only read from now on (None = all join)."""
+        return kv, None
 
 
 class CacheScorer(CacheCompressor):
@@ -130,6 +140,7 @@ class CachePolicy(Method):
 
     every: int = 1
     aligned: ClassVar[bool] = False  # one set for all heads of a layer
+    groups: ClassVar[int] = 1  # head groups that it tells apart; more than one goes with Recipe.heads
     raw: bool = False  # keys stored unrotated, placed at their rank among the live ones when read
     capacity: int
 
@@ -140,6 +151,10 @@ class CachePolicy(Method):
 
     def layer(self, i: int, layers: int) -> "CachePolicy":
         """The instance for 0-based layer `i` of `layers`."""
+        return self
+
+    def head_group(self, j: int) -> "CachePolicy | None":
+        """The instance for head group `j`; None lets its cache grow."""
         return self
 
     def start(self, params, kv: KV, evidence: Evidence) -> Held:

@@ -28,6 +28,8 @@ class Recipe:
 
     `vit` and `layers` are tuples of (K, method): the method acts before 0-based layer K on the evidence of layer K-1 (`own`
     evidence: of layer K).
+    `heads`: how many KV heads each head group of each layer has, in the order of the weights (`models.blocks.reorder_heads` makes a
+    group contiguous); each group then has caches of its own size. A group may be empty.
     """
 
     prompt: protocols.PromptMethod | None = None
@@ -90,7 +92,8 @@ class Recipe:
         for _, method in self.layers:
             if method.at != "block":
                 raise ValueError(f"{method.name} acts at {method.at!r}; a decoder takes methods that act at 'block'")
-        for site in ("prompt", "sparsify", "attention", "heads", "edits"):
+        self._validate_heads(cfg)
+        for site in ("prompt", "sparsify", "attention", "edits"):
             if getattr(self, site):
                 raise ValueError(f"the decoder does not take a method at site {site!r} yet")
         raw = (self.policy is not None and self.policy.raw) or (self.reader is not None and self.reader.raw)
@@ -111,3 +114,16 @@ class Recipe:
                 f"the cache is compressed to {self.cache.slots} slots and then cut to the policy's {self.policy.capacity}; "
                 f"give {self.policy.name} at least {self.cache.slots}"
             )
+
+    def _validate_heads(self, cfg) -> None:
+        for i, sizes in enumerate(self.heads):
+            if sum(sizes) != cfg.kv_heads or min(sizes, default=-1) < 0 or len(sizes) != len(self.heads[0]):
+                raise ValueError(f"heads[{i}] = {sizes}: the groups of each layer, equally many, must share out {cfg.kv_heads} KV heads")
+        if self.heads and len(self.heads) != cfg.layers:
+            raise ValueError(f"heads has groups for {len(self.heads)} layers; the model has {cfg.layers}")
+        groups = len(self.heads[0]) if self.heads else 1
+        for method in (self.cache, self.policy):
+            if method is not None and method.groups not in (1, groups):
+                raise ValueError(f"{method.name} tells {method.groups} head groups apart; Recipe.heads says {groups} a layer")
+        if self.reader is not None and groups > 1:
+            raise ValueError(f"{self.reader.name} reads caches of one head group; Recipe.heads splits them into {groups}")

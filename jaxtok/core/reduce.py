@@ -149,9 +149,8 @@ def move(plan: Plan | DensePlan, evidence: Evidence) -> Evidence:
 
     keys = None if evidence.keys is None else apply(spread(evidence.keys.shape[1]), evidence.keys)
     hidden = None if evidence.hidden is None or per_head else apply(plan, evidence.hidden)
-    return evidence._replace(
-        rows=attention(evidence.rows), received=attention(evidence.received), cls=attention(evidence.cls), keys=keys, hidden=hidden
-    )
+    seen = {name: attention(getattr(evidence, name)) for name in ("rows", "received", "peak", "cls")}
+    return evidence._replace(**seen, keys=keys, hidden=hidden)
 
 
 def grow_kv(kv: KV, slots: int) -> KV:

@@ -58,12 +58,20 @@ class KV(NamedTuple):
     lost: jax.Array  # i32 [b g] live tokens that a static cap had no room for
 
 
+class Frozen(NamedTuple):
+    """Slots that are read and never written again, apart from a part's own: thinned in channels, or one copy for a whole batch."""
+
+    kv: KV  # k [b g s r] of r channels; b may be 1: shared by all sequences
+    channels: jax.Array | None = None  # i32 [b g r] which channels of a query meet those of k; None = all
+
+
 class Part(NamedTuple):
     """One head group of one layer: its cache, the state of the step policy and of the reader. A layer is a tuple of parts."""
 
     kv: KV
     policy: Any = ()
     reader: Any = ()
+    frozen: Frozen | None = None
 
 
 class Evidence(NamedTuple):
@@ -74,6 +82,7 @@ class Evidence(NamedTuple):
 
     rows: jax.Array | None = None  # f32 [b h w n] attention of the last w queries
     received: jax.Array | None = None  # f32 [b h n] attention summed over all live queries of this call
+    peak: jax.Array | None = None  # f32 [b h n] largest attention that any live query of this call gives
     cls: jax.Array | None = None  # f32 [b h n] attention of the first row
     keys: jax.Array | None = None  # [b g n d] keys before the rotary embedding
     queries: tuple[jax.Array, jax.Array] | None = None  # f32 mean [b h d], covariance [b h d d], before the rotary embedding
@@ -89,6 +98,7 @@ class Needs(NamedTuple):
 
     rows: int = 0  # how many last queries
     received: bool = False
+    peak: bool = False
     cls: bool = False
     keys: bool = False
     queries: int | None = None  # moments over the live queries from this order on (None = not needed)
@@ -105,6 +115,7 @@ class Needs(NamedTuple):
         return Needs(
             rows=max(self.rows, other.rows),
             received=self.received or other.received,
+            peak=self.peak or other.peak,
             cls=self.cls or other.cls,
             keys=self.keys or other.keys,
             queries=other.queries if self.queries is None else self.queries,
@@ -141,6 +152,7 @@ class KeyIndex(NamedTuple):
 
     index: jax.Array  # i32 [b g nb] block numbers; -1 = unused entry
     rope: jax.Array | None = None  # i32 [b g nb*block] rotary ids to place raw keys at
+    query: jax.Array | None = None  # i32 [b g t] rotary ids of the queries among them; goes with `rope`
     bias: jax.Array | None = None  # f32 [b g nb*block] added to the cache's own bias
 
 

@@ -224,8 +224,8 @@ def check(q, k, q_pos, k_pos, *, v=None, bias=None, lse=None, softcap=None, diag
     g, s = k.shape[1:3]
     if k.shape != (b, g, s, d):
         raise ValueError(f"q is {list(q.shape)} and k is {list(k.shape)}; batch and head dim must agree: k must be [{b} g s {d}]")
-    if v is not None and v.shape != k.shape:
-        raise ValueError(f"k is {list(k.shape)} and v is {list(v.shape)}; the shapes must be the same")
+    if v is not None and v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"k is {list(k.shape)} and v is {list(v.shape)}; all but the last axis must be the same")
     if h % g:
         raise ValueError(f"{h} query heads are no multiple of {g} KV heads; head i reads KV head i // (h/g)")
     for name, x, shapes in (("q_pos", q_pos, [(b, t)]), ("k_pos", k_pos, [(b, s), (b, g, s)])):

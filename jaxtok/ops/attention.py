@@ -33,7 +33,7 @@ _PLATFORMS = {"pallas_tpu": "TPU", "pallas_gpu": "NVIDIA GPU", "interpret": "the
 def attention(
     q: Float[Array, "b h t d"],
     k: Float[Array, "b g s d"],
-    v: Float[Array, "b g s d"],
+    v: Float[Array, "b g s c"],
     *,
     q_pos: Int32[Array, "b t"],
     k_pos: Int32[Array, "b s"] | Int32[Array, "b g s"],
@@ -45,7 +45,7 @@ def attention(
     diagonal: int | None = None,
     out_dtype: DTypeLike | None = None,
     impl: str = "auto",
-) -> tuple[Float[Array, "b h t d"], Float32[Array, "b h t"]]:
+) -> tuple[Float[Array, "b h t c"], Float32[Array, "b h t"]]:
     """Attention of queries to the keys that their positions let them see, and the logsumexp of the logits.
 
         visible(i, j) = q_pos[i] >= 0 and k_pos[j] >= 0 and (not causal or k_pos[j] <= q_pos[i])
@@ -57,7 +57,7 @@ def attention(
     that sees nothing gets out 0 and lse -inf; what lies in dead rows never matters as long as it is finite.
 
     Args:
-      q, k, v: one floating dtype. Logits, softmax and sums are float32 whatever it is; probabilities meet v in v's dtype.
+      q, k, v: one floating dtype; values may be wider or narrower than keys (c = d but for thinned keys). Logits, softmax and sums are float32 whatever it is; probabilities meet v in v's dtype.
       bias: added after the soft-cap, always finite (the log of the number of tokens that a slot stands for).
       window: a static int, or an i32 scalar that may be traced (2**31 - 1 = everything).
       softcap: c above; None = none.
@@ -86,7 +86,7 @@ def attention(
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"out_dtype is {dtype}; it must be a floating dtype")
     if not q.size or not k.size:  # nothing to read, or nobody to read it
-        return jnp.zeros(q.shape, dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+        return jnp.zeros((*q.shape[:3], v.shape[3]), dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
     return _jitted(spec, dtype, *level(q, k, v, q_pos, k_pos, bias, as_window(window)))
 
@@ -115,11 +115,12 @@ def _attend(spec: Spec, dtype, q, k, v, q_pos, k_pos, bias, window):
         lse = put(lse, unfold(jnp.where(live, top + jnp.log(norm), -jnp.inf), spec.chunk), i, 3)
         return out, lse, top, total, acc
 
-    acc = jnp.zeros_like(fold(x.q[:, :, :, : spec.chunk]), jnp.float32)
+    wide = lambda y, dtype: jnp.zeros_like(y, dtype, shape=(*y.shape[:-1], v.shape[3]))
+    acc = wide(fold(x.q[:, :, :, : spec.chunk]), jnp.float32)
     total = jnp.zeros_like(acc[..., 0])
-    out, lse = jnp.zeros_like(x.q, dtype), jnp.full_like(x.q[..., 0], -jnp.inf, jnp.float32)
+    out, lse = wide(x.q, dtype), jnp.full_like(x.q[..., 0], -jnp.inf, jnp.float32)
     out, lse, *_ = walk(spec, x, step, (out, lse, total, total, acc))
-    return out[:, :, :, : q.shape[2]].reshape(q.shape), lse[..., : q.shape[2]].reshape(q.shape[:3])
+    return out[:, :, :, : q.shape[2]].reshape(*q.shape[:3], -1), lse[..., : q.shape[2]].reshape(q.shape[:3])
 
 
 def _forward(spec, dtype, *args):
@@ -156,7 +157,7 @@ def _backward(spec, dtype, saved, cotangents):
         dbias = None if bias is None else add(dbias, to_bias, j, 2)
         return add(dq, to_q, i, 3), add(dk, to_k, j, 2), add(dv, to_v, j, 2), dbias
 
-    init = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), (x.q, x.k, x.k, x.bias))
+    init = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), (x.q, x.k, values, x.bias))
     dq, dk, dv, dbias = walk(spec, x, step, init)
     t, s = q.shape[2], k.shape[2]
     dq = dq[:, :, :, :t].reshape(q.shape).astype(q.dtype)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxtok.ops._chunked import Spec, add, as_window, check, finite, group, level, make_spec, pad, prepare, probs, take, walk
+from jaxtok.ops._chunked import Spec, as_window, check, finite, group, level, make_spec, pad, prepare, probs, put, take, walk
 
 
 def received(
@@ -37,21 +37,49 @@ def received(
     if not q.size or not k.size:
         return jnp.zeros((*q.shape[:2], k.shape[2]), jnp.float32)
     spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
-    return _received(spec, *level(q, k, lse, q_pos, k_pos, bias, as_window(window)))
+    return _columns(spec, False, *level(q, k, lse, q_pos, k_pos, bias, as_window(window)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _received(spec: Spec, q, k, lse, *rest):
+def peak(
+    q: Float[Array, "b h t d"],
+    k: Float[Array, "b g s d"],
+    lse: Float32[Array, "b h t"],
+    *,
+    q_pos: Int32[Array, "b t"],
+    k_pos: Int32[Array, "b s"] | Int32[Array, "b g s"],
+    bias: Float32[Array, "b g s"] | None = None,
+    causal: bool = True,
+    window: int | Int32[Array, ""] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    diagonal: int | None = None,
+) -> Float32[Array, "b h s"]:
+    """The largest attention that each key receives from any live query: column maxima of the attention matrix.
+
+    Arguments, errors and memory as `received`; dead keys give zero.
+    """
+    check(q, k, q_pos, k_pos, bias=bias, lse=lse, softcap=softcap, diagonal=diagonal)
+    if not q.size or not k.size:
+        return jnp.zeros((*q.shape[:2], k.shape[2]), jnp.float32)
+    spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
+    return _columns(spec, True, *level(q, k, lse, q_pos, k_pos, bias, as_window(window)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _columns(spec: Spec, largest: bool, q, k, lse, *rest):
+    """Column sums of the attention matrix, or its column maxima."""
     x = prepare(spec, q, k, *rest)
     saved = pad(finite(group(lse, k.shape[1])), spec.chunk, 3)
 
     @jax.checkpoint  # the gradient recomputes a block rather than keeping all of them
-    def column_sums(x, saved, i, j):
-        return probs(spec, x, saved, i, j)[0].sum(3)
+    def columns(x, saved, i, j):
+        p = probs(spec, x, saved, i, j)[0]
+        return p.max(3) if largest else p.sum(3)
 
     def step(total, i, j, first, guard):
-        nothing = jnp.zeros_like(take(total, j, spec.block, 3))
-        return add(total, guard(column_sums, x, saved, i, j, otherwise=nothing), j, 3)
+        old = take(total, j, spec.block, 3)
+        new = guard(columns, x, saved, i, j, otherwise=jnp.zeros_like(old))
+        return put(total, jnp.maximum(old, new) if largest else old + new, j, 3)
 
     total = jnp.zeros_like(x.q[:, :, :, 0, :1] * x.k[:, :, None, :, 0], jnp.float32)  # the product's shape and sharding, not its values
     total = walk(spec, x, step, total)[..., : k.shape[2]]

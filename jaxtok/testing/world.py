@@ -10,7 +10,7 @@ import numpy as np
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import reduce_kv
 from jaxtok.core.types import KV, Needs, Tokens
-from jaxtok.models import blocks, decoder
+from jaxtok.models import blocks, cached, decoder
 from jaxtok.models.config import Config
 
 CFG = Config(vocab=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=24)
@@ -139,7 +139,7 @@ def layer_state(dtype="float32", n=N) -> tuple[KV, Any]:
     """A cache and all evidence about it, from the real first layer."""
     params, ids, _ = world(dtype)
     needs = Needs(rows=n, received=True, cls=True, keys=True, queries=0, hidden=True, weights=("o",))
-    look = lambda tokens, key: decoder._attend_rows(CFG, params["layers"][0], 0, tokens, None, Recipe(), needs, False, key, "auto")[1:]
+    look = lambda tokens, key: cached.attend_rows(CFG, params["layers"][0], 0, tokens, None, Recipe(), needs, False, key, "auto")[1][0]
     return jax.jit(look)(tokens_of(params, ids), jax.random.key(4))
 
 

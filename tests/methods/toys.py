@@ -14,7 +14,7 @@ from jaxtok.core.protocols import vacate
 from jaxtok.core.reduce import gather, grow_kv, reduce_kv
 from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV, Evidence
-from jaxtok.models.decoder import place
+from jaxtok.ops.cache import place
 from jaxtok.ops.attention import attention
 from jaxtok.ops.evidence import received, rows
 

@@ -1,0 +1,313 @@
+"""One layer of the decoder with its caches: rows of a prefill, what becomes of a cache after it, one part of a step.
+
+A layer's heads may stand in several groups (`Recipe.heads`), each a `Part` with slots of its own; where there is one group, it holds
+all heads. `decoder.py` walks the layers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxtok.core.protocols import Held, vacate
+from jaxtok.core.recipe import Recipe
+from jaxtok.core.reduce import gather, grow_kv, move, reduce_kv
+from jaxtok.core.rotary import rotate_by, turn
+from jaxtok.core.score import moments
+from jaxtok.core.types import KV, Evidence, Frozen, KeyIndex, Needs, Part, Tokens
+from jaxtok.models import blocks
+from jaxtok.models.config import Config
+from jaxtok.ops.attention import attention, merge
+from jaxtok.ops.cache import append, block_slots, place, scatter
+from jaxtok.ops.evidence import peak, received, rows
+
+
+def raw(recipe: Recipe) -> bool:
+    """Whether keys are stored before the rotary embedding."""
+    return (recipe.policy is not None and recipe.policy.raw) or (recipe.reader is not None and recipe.reader.raw)
+
+
+def whole(site: str, keep) -> Array:
+    """A traced budget as i32; TypeError for a share."""
+    keep = jnp.asarray(keep)
+    if not jnp.issubdtype(keep.dtype, jnp.integer):
+        raise TypeError(f"keep[{site!r}] counts slots (integers), got {keep.dtype}; turn a ratio into slots with jaxtok.core.budget.keep(ratio, live)")
+    return keep.astype(jnp.int32)
+
+
+def budget_of(keep, site: str, i: int, cfg: Config, b: int) -> Int[Array, "b 1"] | None:
+    """The traced budget of one site in layer i, or None."""
+    if keep is None or keep.get(site) is None:
+        return None
+    return jnp.broadcast_to(whole(site, keep[site]), (cfg.layers, b))[i][:, None]
+
+
+def head_groups(cfg: Config, recipe: Recipe, i: int) -> tuple[int, ...]:
+    """How many KV heads each group of layer i has."""
+    return recipe.heads[i] if recipe.heads else (cfg.kv_heads,)
+
+
+def at_hand(i: int, freqs: Array, key: Array | None) -> dict[str, Any]:
+    """What evidence always says: which layer, its frequencies, a key of its own."""
+    return {"freqs": freqs, "layer": jnp.full((), i, jnp.int32), "key": None if key is None else jax.random.fold_in(key, i)}
+
+
+def attend_rows(
+    cfg: Config, p, i: int, tokens: Tokens, past: tuple[Part, ...] | None, recipe: Recipe, needs: Needs, proportional: bool, key, impl: str
+) -> tuple[Tokens, list[tuple[KV, Evidence]]]:
+    """One layer over the rows of a prefill -> (tokens, for each head group the cache with these rows and evidence over its slots)."""
+    q, k, v = blocks.qkv(cfg, p, tokens.x)
+    group, freqs = cfg.heads // cfg.kv_heads, jnp.asarray(blocks.frequencies(cfg, i))
+    common = {
+        "hidden": tokens.x if needs.hidden else None,
+        "weights": {name: p[name] for name in needs.weights} if needs.weights else None,
+        **at_hand(i, freqs, key),
+    }
+    outs, found, g = [], [], 0
+    for part in (None,) if past is None else past:
+        heads = k.shape[1] if part is None else part.kv.k.shape[1]
+        mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]
+        out, kv, seen = _attend_group(cfg, i, tokens, part, mine, freqs, recipe, needs, proportional, impl)
+        outs.append(out)
+        found.append((kv, Evidence(**seen, **common)))
+        g += heads
+    out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, 1)
+    return tokens._replace(x=blocks.mlp(cfg, p, blocks.out_proj(cfg, p, tokens.x, out))), found
+
+
+def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional, impl) -> tuple[Array, KV, dict[str, Any]]:
+    """The rows' attention in one head group -> (values, cache with these rows, its evidence)."""
+    q, k, v = qkv
+    (b, g, n), live, unturned = k.shape[:3], tokens.pos >= 0, raw(recipe)
+    size = jnp.where(live & (tokens.size > 0), tokens.size, 1.0)
+    bias = jnp.broadcast_to((jnp.log(size) if proportional else jnp.zeros_like(size))[:, None], (b, g, n))
+    if part is None:
+        pos = tokens.pos
+        turned_q, turned_k = (rotate_by(x, tokens.rope, freqs) for x in (q, k))
+        kv = KV(
+            k=k if unturned else turned_k,
+            v=v,
+            pos=jnp.broadcast_to(pos[:, None], (b, g, n)),
+            bias=bias,
+            seen=tokens.seen,
+            delta=tokens.delta,
+            cursor=jnp.full((), n, jnp.int32),
+            lost=jnp.broadcast_to(tokens.lost[:, None], (b, g)),
+        )
+        keys, diagonal = turned_k, 0
+    else:
+        if needs.keys or needs.hidden:
+            raise ValueError("a method needs the unrotated keys or the hidden rows of the whole cache; they are not kept after a prefill")
+        past = part.kv
+        pos = jnp.where(live, tokens.pos + past.seen[:, None], -1)
+        shift = (past.seen + past.delta)[:, None, None]
+        turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs) for x in (q, k))
+        kv = append(grow_kv(past, past.k.shape[2] + n), k if unturned else turned_k, v, pos, bias)
+        kv = kv._replace(seen=past.seen + tokens.seen, delta=past.delta + tokens.delta)
+        keys, diagonal = kv.k, past.k.shape[2]
+        if unturned:
+            turned_q, keys = place(q, kv, past.cursor, freqs)
+    see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
+    out, lse = attention(turned_q, keys, kv.v, impl=impl, diagonal=diagonal, **see)
+    seen = observe(needs, turned_q, keys, lse, see, diagonal) | {
+        "keys": k if needs.keys else None,
+        "queries": moments(q, live & (pos >= needs.queries)) if needs.queries is not None else None,
+    }
+    if part is not None and part.frozen is not None:
+        out, _ = merge(out, lse, *_attend_frozen(cfg, part.frozen, turned_q, see, impl))
+    return out, kv, seen
+
+
+def observe(needs: Needs, q, k, lse, see: dict[str, Any], diagonal: int | None = None) -> dict[str, Any]:
+    """Attention evidence from queries, keys and the saved logsumexp; no [n n] array exists."""
+    out: dict[str, Any] = {}
+    plain = {name: x for name, x in see.items() if name != "q_pos"}
+    if needs.rows:
+        w = min(needs.rows, q.shape[2])
+        out["rows"] = rows(q[:, :, -w:], k, lse[:, :, -w:], q_pos=see["q_pos"][:, -w:], **plain)
+    if needs.received:
+        out["received"] = received(q, k, lse, diagonal=diagonal, **see)
+    if needs.peak:
+        out["peak"] = peak(q, k, lse, diagonal=diagonal, **see)
+    if needs.cls:
+        out["cls"] = rows(q[:, :, :1], k, lse[:, :, :1], q_pos=see["q_pos"][:, :1], **plain)[:, :, 0]
+    return out
+
+
+def _attend_frozen(cfg: Config, frozen: Frozen, q: Float[Array, "b h t d"], see: dict[str, Any], impl: str) -> tuple[Array, Array]:
+    """Attention to slots that no longer change: with some channels of the keys only, or shared by the whole batch."""
+    (b, h, t, d), kv, q_pos = q.shape, frozen.kv, see["q_pos"]
+    if frozen.channels is not None:
+        q = jnp.take_along_axis(q, jnp.repeat(frozen.channels, h // frozen.channels.shape[1], 1)[:, :, None], -1)
+    shared = kv.k.shape[0] < b  # one copy for all: its rows are the queries of the batch
+    if shared:
+        q, q_pos = jnp.swapaxes(q, 0, 1).reshape(1, h, b * t, -1), q_pos.reshape(1, -1)
+    rest: dict[str, Any] = {name: see[name] for name in ("window", "softcap")} | {"scale": cfg.scale or d**-0.5}
+    out, lse = attention(q, kv.k, kv.v, q_pos=q_pos, k_pos=kv.pos, bias=kv.bias, impl=impl, **rest)
+    if shared:
+        out, lse = (jnp.swapaxes(x.reshape(h, b, t, *x.shape[3:]), 0, 1) for x in (out, lse))
+    return out, lse
+
+
+# --- after a prefill ----------------------------------------------------------------------------------------------------
+
+
+def settle(cfg: Config, params, i: int, found: list[tuple[KV, Evidence]], past: tuple[Part, ...] | None, recipe: Recipe, new: int, keep) -> tuple[Part, ...]:
+    """The parts of layer i after a prefill: split by head groups, compressed, fitted to the step policy, with room and states begun."""
+    sizes = head_groups(cfg, recipe, i)
+    olds = [None] * len(found) if past is None else list(past)
+    if len(found) == 1 and len(sizes) > 1:
+        (kv, evidence), old, edges = found[0], olds[0], [sum(sizes[:j]) for j in range(len(sizes) + 1)]
+        cut = [(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        found = [(_heads(kv, *at), _heads_of_evidence(evidence, *at, cfg.heads // cfg.kv_heads)) for at in cut]
+        olds = [None if old is None else _heads_of_part(old, *at) for at in cut]
+    return tuple(_settle_group(cfg, params, i, j, *each, old, recipe, new, keep) for j, (each, old) in enumerate(zip(found, olds, strict=True)))
+
+
+def _heads(kv: KV, a: int, b: int) -> KV:
+    return kv._replace(k=kv.k[:, a:b], v=kv.v[:, a:b], pos=kv.pos[:, a:b], bias=kv.bias[:, a:b], lost=kv.lost[:, a:b])
+
+
+def _heads_of_part(part: Part, a: int, b: int) -> Part:
+    return Part(_heads(part.kv, a, b), Held(jax.tree.map(lambda x: x[:, a:b], part.policy.slots), part.policy.rest))
+
+
+def _heads_of_evidence(evidence: Evidence, a: int, b: int, group: int) -> Evidence:
+    """Evidence about KV heads a to b - 1; `hidden` and `weights` have no head axis and stay."""
+    per_query = lambda x: None if x is None else x[:, a * group : b * group]
+    return evidence._replace(
+        **{name: per_query(getattr(evidence, name)) for name in ("rows", "received", "peak", "cls")},
+        keys=None if evidence.keys is None else evidence.keys[:, a:b],
+        queries=None if evidence.queries is None else tuple(map(per_query, evidence.queries)),
+    )
+
+
+def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | None, recipe: Recipe, new: int, keep) -> Part:
+    b, learned, state, frozen = kv.seen.shape[0], params.get("methods", {}), Held(), None if old is None else old.frozen
+    if not kv.k.shape[1]:
+        return Part(kv, state)
+    cache, policy, reader = recipe.cache, recipe.policy, recipe.reader
+    cache = None if cache is None else cache.layer(i, cfg.layers).head_group(j)
+    policy = None if policy is None else policy.layer(i, cfg.layers).head_group(j)
+    if policy is not None:
+        own = learned.get("policy", {})
+        if old is None:
+            state = policy.start(own, kv, evidence)
+        else:
+            extra = kv.pos.shape[-1] - old.kv.pos.shape[-1]
+            state = policy.observe(own, Held(_pad_slots(old.policy.slots, extra), old.policy.rest), kv, evidence)
+    if cache is not None:
+        if policy is None:
+            kv, evidence = cache.compress(learned.get("cache", {}), kv, evidence, budget_of(keep, "cache", i, cfg, b))
+        elif not cache.whole(kv.pos.shape[-1]) or (keep or {}).get("cache") is not None:
+            plan = cache.plan(learned.get("cache", {}), kv, evidence, budget_of(keep, "cache", i, cfg, b))
+            kv, state = reduce_kv(plan, kv), Held(_move_slots(plan, state.slots), state.rest)
+            evidence = move(plan, evidence)
+        if frozen is None:
+            kv, frozen = cache.freeze(learned.get("cache", {}), kv, evidence)
+    if policy is not None:
+        plan = policy.fit(own, state, kv, evidence, budget_of(keep, "policy", i, cfg, b))
+        kv, state = reduce_kv(plan, kv), Held(_move_slots(plan, state.slots), state.rest)
+        slots = policy.capacity + policy.every
+        cursor = policy.capacity if policy.every == 1 else plan.index.shape[-1]
+    else:
+        slots, cursor = kv.pos.shape[-1] + new, None
+    if reader is not None:
+        slots = -(-slots // reader.block) * reader.block
+    extra = slots - kv.pos.shape[-1]
+    kv = grow_kv(kv, slots)
+    kv = kv if cursor is None else kv._replace(cursor=jnp.full((), cursor, jnp.int32))
+    state = Held(_pad_slots(state.slots, extra), state.rest)
+    return Part(kv, state, () if reader is None else reader.start(learned.get("reader", {}), i, kv), frozen)
+
+
+def _move_slots(plan, slots):
+    return jax.tree.map(lambda x: gather(x, plan.index), slots)
+
+
+def _pad_slots(slots, extra: int):
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 3)), slots)
+
+
+# --- a step -------------------------------------------------------------------------------------------------------------
+
+
+def step_part(cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe: Recipe, carry, keep, key, evict: bool, impl: str):
+    """Head group j of layer i in a step -> (attended values, part, the reader's carry)."""
+    (q, k, v), (kv, state, reading, frozen) = qkv, part
+    learned, freqs = params.get("methods", {}), jnp.asarray(blocks.frequencies(cfg, i))
+    policy = None if recipe.policy is None else recipe.policy.layer(i, cfg.layers).head_group(j)
+    reader = recipe.reader
+    count = jnp.cumsum(live, 1, dtype=jnp.int32)
+    pos = jnp.where(live, kv.seen[:, None] + count - 1, -1)
+    if not k.shape[1]:
+        return q, part._replace(kv=kv._replace(seen=kv.seen + count[:, -1])), carry
+    at, unturned = kv.cursor, raw(recipe)
+    ids = jnp.maximum(pos, 0) + kv.delta[:, None]
+    stored = k if unturned else rotate_by(k, ids, freqs)
+    kv = append(kv, stored, v, pos, jnp.zeros(k.shape[:3], jnp.float32))
+    kv = kv._replace(seen=kv.seen + count[:, -1])
+    see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
+    turned: Any = q if unturned else rotate_by(q, ids, freqs)
+    keys, values, slots = kv.k, kv.v, None
+    if reader is not None:
+        index, reading, carry = _choose(cfg, i, reader, learned.get("reader", {}), reading, carry, turned, kv, at, count[:, -1])
+        if index is not None:
+            slots = block_slots(index.index, reader.block)
+            keys, values = gather(keys, slots), gather(values, slots)
+            extra = 0.0 if index.bias is None else index.bias
+            see |= {"k_pos": jnp.where(slots < 0, -1, gather(kv.pos, slots)), "bias": gather(kv.bias, slots) + extra}
+            if unturned:
+                if index.rope is None or index.query is None:
+                    raise ValueError(f"{reader.name} reads raw keys and must say where they and the queries stand (KeyIndex.rope and .query)")
+                turned, keys = turn(q, jnp.repeat(index.query, q.shape[1] // k.shape[1], 1), freqs), turn(keys, index.rope, freqs)
+    if unturned and slots is None:
+        turned, keys = place(q, kv, jnp.minimum(at, kv.k.shape[2] - k.shape[2]), freqs)
+    out, lse = attention(turned, keys, values, impl=impl, **see)
+    if policy is not None:
+        own = learned.get("policy", {})
+        seen: dict[str, Any] = observe(policy.step_needs, turned, keys, lse, see)
+        if slots is not None:
+            seen = {name: scatter(x, slots, kv.pos.shape[-1]) for name, x in seen.items()}
+        evidence = Evidence(**seen, **at_hand(i, freqs, key))
+        state = policy.observe(own, state, kv, evidence)
+        budget = budget_of(keep, "policy", i, cfg, kv.seen.shape[0])
+        if not evict:
+            pass
+        elif policy.every == 1:
+            kv, state, victim = vacate(policy, own, state, kv, budget)
+            if reader is not None:
+                for slot in (victim, jnp.broadcast_to(at, victim.shape)):
+                    reading = reader.update(learned.get("reader", {}), reading, kv, slot)
+        else:
+            kv, state, reading = _refit(policy, own, reader, learned.get("reader", {}), i, kv, state, reading, evidence, budget)
+    if frozen is not None:
+        out, _ = merge(out, lse, *_attend_frozen(cfg, frozen, turned, see, impl))
+    return out, Part(kv, state, reading, frozen), carry
+
+
+def _choose(cfg: Config, i: int, reader, own, reading, carry, q, kv: KV, at, added) -> tuple[KeyIndex | None, Any, Any]:
+    """(what the reader wants to read, its state, its carry over layers) once the rows at slot `at` on were written."""
+    last, t = kv.k.shape[2] - 1, q.shape[2]
+    written = lambda r, reading: reader.update(own, reading, kv, jnp.broadcast_to(jnp.minimum(at + r, last), kv.pos.shape[:2]))
+    reading = written(0, reading) if t == 1 else jax.lax.fori_loop(0, t, written, reading)
+    window = cfg.layer_window(i)
+    if window is not None:  # what no query of this step can see is dead to the reader
+        edge = kv.seen - added - window
+        kv = kv._replace(pos=jnp.where(kv.pos > edge[:, None, None], kv.pos, -1))
+    reading, carry, index = reader.read(own, i, reading, carry, q, kv)
+    return index, reading, carry
+
+
+def _refit(policy, own, reader, reader_params, i, kv, state, reading, evidence, budget):
+    """Every `policy.every` appends: one plan for the whole cache."""
+    slots = kv.k.shape[2]
+
+    def fit(kv, state, reading):
+        plan = policy.fit(own, state, kv, evidence, budget)
+        moved = Held(_pad_slots(_move_slots(plan, state.slots), slots - plan.index.shape[-1]), state.rest)
+        kv = grow_kv(reduce_kv(plan, kv), slots)
+        return kv, moved, reading if reader is None else reader.start(reader_params, i, kv)
+
+    return jax.lax.cond(kv.cursor >= policy.capacity + policy.every, fit, lambda *same: same, kv, state, reading)
