@@ -217,8 +217,10 @@ class Reader(Method):
         """State after the contents of `slot` changed (an append or an eviction)."""
         return state
 
-    def read(self, params, layer: int, state, carry, q: Float[Array, "b h t d"], kv: KV) -> tuple[Any, Any, KeyIndex | None]:
-        """(state, carry over the layers of a step, blocks to read; None = all)."""
+    def read(
+        self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV
+    ) -> tuple[Any, Any, KeyIndex | None]:
+        """(state, carry over the layers of a step, blocks to read; None = all). Queries at pos -1 are dead; their keys are in `kv`."""
         raise NotImplementedError(f"{type(self).__name__} must say what to read")
 
 

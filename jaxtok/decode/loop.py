@@ -121,6 +121,7 @@ def prefill_chunked(
     *,
     chunk: int,
     new: int,
+    read: bool = False,
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
     impl: str = "auto",
@@ -128,12 +129,15 @@ def prefill_chunked(
     """`embed` and `prefill` of left-padded prompts in chunks of `chunk` rows: activations take the memory of one chunk, the cache that of the prompt.
 
     The caches are compressed with the last chunk, whose queries are the window that a method sees; a step policy observes all.
+    `read`: the reader chooses for each chunk what its queries attend to (sparse prefill; without it a prefill attends to everything).
     ValueError for methods that need evidence of the whole prompt at once, and for pruning between layers.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be >= 1, got {chunk}")
+    if read and (recipe.reader is None or recipe.cache is not None or recipe.policy is not None):
+        raise ValueError("read=True prefills through a reader: the recipe needs one, and no cache or policy beside it")
     needs = recipe.cache.needs if recipe.cache is not None else PLAIN.prefill_needs
-    if needs.received or needs.cls or needs.keys or needs.hidden or needs.queries is not None or needs.rows > chunk:
+    if needs.received or needs.peak or needs.cls or needs.keys or needs.hidden or needs.queries is not None or needs.rows > chunk:
         raise ValueError(f"{recipe.cache.name} needs more of the prompt than its last chunk of {chunk} rows; prefill it at once")  # type: ignore[union-attr]
     recipe.validate(cfg)
     if recipe.layers:
@@ -145,15 +149,20 @@ def prefill_chunked(
     extra = -n % chunk
     ids, live = (jnp.pad(x, ((0, 0), (extra, 0))) for x in (ids, live))
     count = (n + extra) // chunk
-    head = recipe.replace(cache=None, reader=None)
-    layers = decoder.empty(cfg, params, b, (count - 1) * chunk, head)
+    head = recipe.replace(cache=None, reader=recipe.reader if read else None)
+    slots = count * chunk + new if read else (count - 1) * chunk
+    slots += -slots % (head.reader.block if head.reader is not None else 1)
+    layers = decoder.empty(cfg, params, b, slots, head)
 
-    def one(layers, part):
-        x, alive = blocks.embed(cfg, params, part[0]), part[1]
-        return decoder.step(cfg, params, x, alive, layers, head, key=key, evict=False, impl=impl)[1], None
+    def one(state, part):
+        x = blocks.embed(cfg, params, part[0])
+        return decoder.step(cfg, params, x, part[1], state[1], head, key=key, evict=False, impl=impl), None
 
     split = lambda x: jnp.swapaxes(x.reshape(b, count, chunk), 0, 1)
-    if count > 1:
-        layers, _ = jax.lax.scan(one, layers, (split(ids)[:-1], split(live)[:-1]))
     tokens = decoder.embed(cfg, params, ids[:, -chunk:], live[:, -chunk:])
+    if count > 1 or read:
+        here = count if read else count - 1
+        (x, layers), _ = jax.lax.scan(one, (tokens.x, layers), (split(ids)[:here], split(live)[:here]))
+        if read:
+            return tokens._replace(x=x), layers
     return decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers if count > 1 else None, keep=keep, key=key, impl=impl)

@@ -252,7 +252,7 @@ def step_part(cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe
     turned: Any = q if unturned else rotate_by(q, ids, freqs)
     keys, values, slots = kv.k, kv.v, None
     if reader is not None:
-        index, reading, carry = _choose(cfg, i, reader, learned.get("reader", {}), reading, carry, turned, kv, at, count[:, -1])
+        index, reading, carry = _choose(cfg, i, reader, learned.get("reader", {}), reading, carry, turned, pos, kv, at, count[:, -1])
         if index is not None:
             slots = block_slots(index.index, reader.block)
             keys, values = gather(keys, slots), gather(values, slots)
@@ -287,7 +287,7 @@ def step_part(cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe
     return out, Part(kv, state, reading, frozen), carry
 
 
-def _choose(cfg: Config, i: int, reader, own, reading, carry, q, kv: KV, at, added) -> tuple[KeyIndex | None, Any, Any]:
+def _choose(cfg: Config, i: int, reader, own, reading, carry, q, pos, kv: KV, at, added) -> tuple[KeyIndex | None, Any, Any]:
     """(what the reader wants to read, its state, its carry over layers) once the rows at slot `at` on were written."""
     last, t = kv.k.shape[2] - 1, q.shape[2]
     written = lambda r, reading: reader.update(own, reading, kv, jnp.broadcast_to(jnp.minimum(at + r, last), kv.pos.shape[:2]))
@@ -296,7 +296,7 @@ def _choose(cfg: Config, i: int, reader, own, reading, carry, q, kv: KV, at, add
     if window is not None:  # what no query of this step can see is dead to the reader
         edge = kv.seen - added - window
         kv = kv._replace(pos=jnp.where(kv.pos > edge[:, None, None], kv.pos, -1))
-    reading, carry, index = reader.read(own, i, reading, carry, q, kv)
+    reading, carry, index = reader.read(own, i, reading, carry, q, pos, kv)
     return index, reading, carry
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import Sampler, generate, prefill_chunked, replay
-from jaxtok.methods import H2O, ExpectedAttention, SnapKV, StreamingLLM
+from jaxtok.methods import H2O, ExpectedAttention, Quest, SnapKV, StreamingLLM
 from jaxtok.models import blocks, decoder, load
 from jaxtok.models.config import Config
 
@@ -136,8 +136,26 @@ def test_chunked_prefill_equals_prefill_at_once(world, recipe):
             assert sorted(row_a[row_a >= 0].tolist()) == sorted(row_b[row_b >= 0].tolist())
 
 
+def test_chunks_through_a_reader(world):
+    """A reader that reads everything is the plain prefill, and goes on so; its slots are rounded up to its blocks."""
+    params, ids = world
+
+    @jax.jit
+    def run(params):
+        a = decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, LIVE), new=3)
+        b = prefill_chunked(CFG, params, ids, LIVE, Recipe(reader=Quest(pages=9, block=4)), chunk=5, new=3, read=True)
+        return a[0].x, b[0].x, replay(CFG, params, *a, ids[:, :3])[0], replay(CFG, params, *b, ids[:, :3], Recipe(reader=Quest(pages=9, block=4)))
+
+    x, y, plain, (read, layers) = run(params)
+    np.testing.assert_allclose(x[:, -1], y[:, -1], atol=2e-5)
+    np.testing.assert_allclose(plain, read, atol=2e-5)
+    assert layers[0][0].kv.k.shape[2] % 4 == 0
+
+
 def test_chunked_prefill_refuses_what_it_cannot_do(world):
     params, ids = world
+    with pytest.raises(ValueError, match="read=True prefills through a reader"):
+        prefill_chunked(CFG, params, ids, LIVE, Recipe(policy=H2O(capacity=6)), chunk=5, new=3, read=True)
     with pytest.raises(ValueError, match="prefill it at once"):
         prefill_chunked(CFG, params, ids, LIVE, Recipe(cache=ExpectedAttention(capacity=8)), chunk=4, new=1)
     with pytest.raises(ValueError, match="prefill it at once"):

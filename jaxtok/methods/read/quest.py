@@ -72,7 +72,7 @@ class Quest(Reader):
         b, g = jnp.indices(page.shape, sparse=True)
         return jax.tree.map(lambda old, x: old.at[b, g, page].set(x), state, new)
 
-    def read(self, params, layer: int, state, carry, q: Float[Array, "b h t d"], kv: KV) -> tuple[Any, Any, KeyIndex | None]:
+    def read(self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos, kv: KV) -> tuple[Any, Any, KeyIndex | None]:
         b, h, t, d = q.shape
         g, s = kv.pos.shape[1:]
         count = max(3, self.pages)
