@@ -58,6 +58,7 @@ def test_imports_go_one_way(path, module):
         assert target.split(".")[0] != "kernels", f"{module}: import jaxtok_kernels, never `kernels`"
         assert target.split(".")[0] != "flax" or me == "jaxtok.flax", f"{module}: nothing but the Flax layer imports flax"
         other = owner(target)
+        assert other != "jaxtok.flax" or me == other, f"{module}: the Flax layer is optional, nothing imports it"
         if me and other and other != me:
             assert other in MAY_IMPORT[me], f"{module} must not import {target}"
         if me == other == "jaxtok.methods" and not path.name.startswith("__init__"):
