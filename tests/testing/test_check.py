@@ -52,6 +52,10 @@ def test_exemptions(laws):
     assert testing.check(make, exempt={"fails": "by design"}) == {"holds": "holds", "fails": "exempt: by design"}
     with pytest.raises(AssertionError, match="holds: it holds, but is exempt"):
         testing.check(make, exempt={"fails": "by design", "holds": "by mistake"})
+    laws(raises)
+    with pytest.raises(AssertionError, match="raises: TypeError: no such thing"):  # an error is no way to differ by design
+        testing.check(make, exempt={"raises": "by design"})
+    laws(holds, fails)
     with pytest.raises(ValueError, match="no law nope; the laws: holds, fails"):
         testing.check(make, exempt={"nope": "?"})
 
