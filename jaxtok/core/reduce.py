@@ -170,3 +170,12 @@ def ranks(pos: Int[Array, "*B s"]) -> Int[Array, "*B s"]:
     order = jnp.argsort(pos, axis=-1)
     rank = jnp.argsort(order, axis=-1).astype(jnp.int32) - jnp.sum(pos < 0, -1, dtype=jnp.int32, keepdims=True)
     return jnp.where(pos >= 0, rank, 0)
+
+
+def oldest_first(pos: Int[Array, "*B s"]) -> Int[Array, "*B s"]:
+    """The slot of the live row of each rank, -1 behind the last: `gather(x, oldest_first(pos))` packs live rows to the front, and a
+    second gather by `ranks(pos)` takes what was computed there back to the slots (dead rows then hold anything).
+    """
+    order = jnp.argsort(jnp.where(pos < 0, jnp.iinfo(jnp.int32).max, pos), axis=-1).astype(jnp.int32)
+    rank = jax.lax.broadcasted_iota(jnp.int32, pos.shape, pos.ndim - 1)
+    return jnp.where(rank < jnp.sum(pos >= 0, -1, dtype=jnp.int32, keepdims=True), order, -1)

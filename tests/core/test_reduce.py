@@ -253,6 +253,16 @@ def test_ranks_whatever_the_order_of_the_slots():
     assert red.ranks(i32([[-1, -1]])).tolist() == [[0, 0]]
 
 
+def test_oldest_first_packs_live_rows_to_the_front_and_ranks_take_them_back():
+    rng = np.random.default_rng(4)
+    pos = np.stack([rng.permutation([-1, -1, 3, 0, 9, 7]) for _ in range(6)]).reshape(2, 3, 6)
+    slot = red.oldest_first(i32(pos))
+    np.testing.assert_array_equal(np.take_along_axis(pos, np.maximum(slot, 0), -1)[..., :4], np.broadcast_to([0, 3, 7, 9], (2, 3, 4)))
+    assert (np.asarray(slot)[..., 4:] == -1).all() and red.oldest_first(i32([[-1, -1]])).tolist() == [[-1, -1]]
+    back = red.gather(red.gather(i32(pos), slot), red.ranks(i32(pos)))
+    np.testing.assert_array_equal(np.asarray(back)[pos >= 0], pos[pos >= 0])
+
+
 def test_gradients_pass_through_a_merge_and_not_from_dropped_rows():
     x = tokens().x
     grad = jax.grad(lambda x: jnp.sum(red.apply(MERGE, x)))(x)
