@@ -12,7 +12,7 @@ from jaxtok.core import check, select
 def capacity(ratio: float | int, n: int) -> int:
     """Static capacity for a kept fraction `ratio` in (0, 1] of `n` rows."""
     check.share("ratio", ratio)
-    check.at_least("n", n, 1)
+    check.count("n", n, 1)
     # the decimal that was written, not its binary neighbour: 0.35 * 10 is 3.5 and rounds up
     return max(1, math.floor(Fraction(str(ratio)) * n + Fraction(1, 2)))
 
@@ -32,7 +32,9 @@ def per_head(keep, heads: tuple[int, ...], cap: int) -> jax.Array:
         return jnp.full(heads, cap, jnp.int32)
     keep = jnp.asarray(keep)
     if not jnp.issubdtype(keep.dtype, jnp.integer):
-        raise TypeError(f"keep is a number of rows (int), got {keep.dtype}; turn a ratio into rows with jaxtok.core.budget.keep(ratio, live)")
+        raise TypeError(
+            f"keep is a number of rows (int), got {keep.dtype}; turn a ratio into rows with jaxtok.core.budget.keep(ratio, live)"
+        )
     keep = keep.astype(jnp.int32)
     if keep.ndim > 2:
         raise ValueError(f"keep must be an int, [b] or [b g], got shape {keep.shape}")
@@ -60,6 +62,13 @@ def pyramid(total: int, layer: int, layers: int, beta: float | int, most: int | 
     layers is layers * total up to rounding; beta = 1 is uniform.
     """
     check.at_least("beta", beta, 1)
+    for name, value, least in (
+        ("total", total, 0),
+        ("layers", layers, 1),
+        ("layer", layer, 0),
+        ("most", total if most is None else most, 0),
+    ):
+        check.count(name, value, least)
     low = int(total // beta)
     high = 2 * total - low
     if most is not None and high >= most:
@@ -73,16 +82,24 @@ def shares(weights: tuple[float, ...], total: int, least: int = 1, most: int | N
     """Ints in proportion to `weights` that sum to exactly `total`, each from `least` to `most` (largest remainder)."""
     count = len(weights)
     top = total if most is None else most
-    if not count or any(not (w >= 0 and math.isfinite(w)) for w in weights) or sum(weights) <= 0:
+    for w in weights:
+        check.real("weights", w)
+    if not all(0 <= w < math.inf for w in weights) or not any(weights):
         raise ValueError(f"weights must be finite, >= 0 and not all zero, got {weights}")
+    for name, value in (("total", total), ("least", least), ("most", top)):
+        check.count(name, value, 0)
     if not count * least <= total <= count * top:
         raise ValueError(f"{count} shares from {least} to {top} cannot sum to {total}")
     scale = sum(map(Fraction, weights))
     ideal = [Fraction(w) / scale * total for w in weights]
-    out = [min(max(math.floor(x), least), top) for x in ideal]
-    while sum(out) != total:  # one row at a time to (or from) the layer that is furthest below (above) its share
-        step = 1 if sum(out) < total else -1
-        open_ = [i for i in range(count) if (out[i] < top if step > 0 else out[i] > least)]
-        i = max(open_, key=lambda j: step * (ideal[j] - out[j]))
-        out[i] += step
+    near = lambda off: [min(max(math.floor(x + off), least), top) for x in ideal]
+    # row by row to (or from) the layer that is furthest below (above) its share; whole rounds of it at once, by bisection
+    low, high = -total, total
+    while low < high:
+        off = (low + high + 1) // 2
+        low, high = (off, high) if sum(near(off)) <= total else (low, off - 1)
+    out = near(low)
+    while sum(out) != total:
+        i = max((i for i in range(count) if out[i] < top), key=lambda j: ideal[j] - out[j])
+        out[i] += 1
     return tuple(out)

@@ -1,22 +1,48 @@
 """Checks of static input: each raises before anything is computed, with the value and the cure."""
 
 import math
+import numbers
+
+
+def real(name: str, value) -> None:
+    """TypeError unless `value` is a Python or numpy number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def count(name: str, value, low: int = 1, high: int = 2**31 - 1) -> None:
+    """TypeError unless `value` is an int, ValueError unless it is from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number (int), got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+    if value > high:
+        raise ValueError(f"{name} must be <= {high}, got {value}")
+
+
+def kind(name: str, value, cls: type) -> None:
+    """TypeError unless `value` is a `cls`."""
+    if not isinstance(value, cls):
+        raise TypeError(f"{name} must be a {cls.__name__}, got {value!r}")
 
 
 def at_least(name: str, value: float | int, low: float | int) -> None:
     """ValueError unless `value >= low`; NaN fails."""
+    real(name, value)
     if not value >= low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
 
 
 def between(name: str, value: float | int, low: float | int, high: float | int) -> None:
     """ValueError unless `low <= value <= high` and finite."""
-    if not (math.isfinite(value) and low <= value <= high):
+    real(name, value)
+    if not low <= value <= high or abs(value) == math.inf:
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
 
 
 def share(name: str, value) -> None:
     """ValueError unless `value` is a kept fraction, in (0, 1]."""
+    real(name, value)
     if not 0 < value <= 1:
         raise ValueError(f"{name} is the fraction kept, over 0 and at most 1; got {value}")
 
@@ -30,7 +56,9 @@ def one_of(name: str, value, allowed: tuple) -> None:
 def budget(name: str, capacity, protected: int = 0) -> None:
     """ValueError unless `capacity` is an int >= 1 with room for what is protected and one more row."""
     if isinstance(capacity, bool) or not isinstance(capacity, int):
-        raise TypeError(f"{name} is a number of rows (int), got {capacity!r}; turn a ratio into rows with jaxtok.core.budget.capacity(ratio, n)")
+        raise TypeError(
+            f"{name} is a number of rows (int), got {capacity!r}; turn a ratio into rows with jaxtok.core.budget.capacity(ratio, n)"
+        )
     if capacity < 1:
         raise ValueError(f"{name} must be >= 1, got {capacity}")
     if capacity < protected:

@@ -1,9 +1,12 @@
 """What becomes of the rows of a plan: gathered, merged, moved along, and where the survivors stand."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxtok.core import check
 from jaxtok.core.types import KV, DensePlan, Evidence, Plan, Tokens
 
 POSITIONS = ("keep", "repack", "keep_mrope")
@@ -23,8 +26,9 @@ def gather(x: jax.Array, index: Int[Array, "*B m"]) -> jax.Array:
 
 def segment_sum(x: jax.Array, assign: Int[Array, "*B n"], m: int) -> jax.Array:
     """f32 [*B m ...]: sums of the rows x [*B n ...] that go to each group; -1 goes nowhere."""
+    check.count("m", m, 0)
     batch, n = assign.shape[:-1], assign.shape[-1]
-    rows = jnp.where(assign < 0, m, assign).reshape(-1, n)
+    rows = jnp.where(assign < 0, m, assign).reshape(math.prod(batch), n)
     flat = x.astype(jnp.float32).reshape((rows.shape[0], n, *x.shape[assign.ndim :]))
     out = jax.vmap(lambda a, i: jnp.zeros((m + 1, *a.shape[1:]), jnp.float32).at[i].add(a)[:m])(flat, rows)
     return out.reshape((*batch, m, *x.shape[assign.ndim :]))
@@ -32,17 +36,21 @@ def segment_sum(x: jax.Array, assign: Int[Array, "*B n"], m: int) -> jax.Array:
 
 def apply(plan: Plan | DensePlan, x: jax.Array) -> jax.Array:
     """x [*B n ...] -> [*B m ...]: the selected rows, or the weighted mean of each group (in f32, returned in x's dtype)."""
+    rows = (*plan.w.shape[:-2], plan.w.shape[-1]) if isinstance(plan, DensePlan) else plan.assign.shape
+    if x.shape[: len(rows)] != rows:
+        raise ValueError(f"the plan is for rows of shape {list(rows)}, got {list(x.shape)}")
     if isinstance(plan, DensePlan):
-        flat = x.astype(jnp.float32).reshape((*plan.w.shape[:-2], plan.w.shape[-1], -1))
+        flat = x.astype(jnp.float32).reshape((*rows, math.prod(x.shape[len(rows) :])))
         return (plan.w @ flat).reshape((*plan.w.shape[:-1], *x.shape[plan.w.ndim - 1 :])).astype(x.dtype)
     if plan.weight is None:
         return gather(x, plan.index)
     m = plan.index.shape[-1]
     w = jnp.where(plan.assign < 0, 0.0, plan.weight)
     # a dead or dropped row may hold anything, and 0 * inf is NaN
-    rows = jnp.where(expand(w > 0, x), x.astype(jnp.float32), 0.0)
-    mass = segment_sum(w, plan.assign, m)
-    mean = segment_sum(rows * expand(w, x), plan.assign, m) / expand(jnp.where(mass > 0, mass, 1.0), x)
+    live = jnp.where(expand(w > 0, x), x.astype(jnp.float32), 0.0)
+    mass = gather(segment_sum(w, plan.assign, m), plan.assign)
+    share = w / jnp.where(mass > 0, mass, 1.0)  # before the product, which could overflow
+    mean = segment_sum(live * expand(share, x), plan.assign, m)
     return jnp.where(expand(plan.index >= 0, mean), mean, 0.0).astype(x.dtype)
 
 
@@ -117,7 +125,7 @@ def reduce_kv(plan: Plan | DensePlan, kv: KV, count: bool = True) -> KV:
     if not count or (isinstance(plan, Plan) and plan.weight is None):
         bias = gather(kv.bias, index)
     else:
-        tokens = total(plan, jnp.where(kv.pos >= 0, jnp.exp(kv.bias), 0.0))
+        tokens = total(plan, jnp.where(kv.pos >= 0, jnp.exp(jnp.minimum(kv.bias, 60.0)), 0.0))  # e**60 tokens are no count
         bias = jnp.where(tokens > 0, jnp.log(jnp.where(tokens > 0, tokens, 1.0)), 0.0)
     cursor = jnp.full((), index.shape[-1], jnp.int32)
     return kv._replace(k=apply(plan, kv.k), v=apply(plan, kv.v), pos=pos, bias=bias, cursor=cursor, lost=lost)
@@ -155,6 +163,7 @@ def move(plan: Plan | DensePlan, evidence: Evidence) -> Evidence:
 
 def grow_kv(kv: KV, slots: int) -> KV:
     """Append dead slots up to `slots`; the cursor stays."""
+    check.count("slots", slots, 0)
     extra = slots - kv.k.shape[2]
     if extra < 0:
         raise ValueError(f"cannot grow a cache of {kv.k.shape[2]} slots to {slots}")

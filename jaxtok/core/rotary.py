@@ -16,6 +16,10 @@ def rotate_by(
     frequencies the rotary axis it follows (M-RoPE); None = axis 0, which needs a = 1. Negative ids (dead rows) are harmless.
     Computed in float32. rotate_by(., -ids) undoes it, and rotations add: re-placing a key from i to j is ids = j - i.
     """
+    if freq.ndim != 1 or x.ndim != 4 or ids.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"freq, x, ids are {[list(a.shape) for a in (freq, x, ids)]}; they must be [r], [b e n d] and [b n], [b n a] or [b e n a]"
+        )
     r = freq.shape[0]
     if ids.ndim == 2:
         ids = ids[..., None]

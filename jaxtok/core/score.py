@@ -12,6 +12,7 @@ REDUCTIONS = {"mean": jnp.mean, "max": jnp.max, "sum": jnp.sum}
 def to_kv_heads(x: Float[Array, "b h *rest"], g: int, how: str = "mean") -> Float[Array, "b g *rest"]:
     """Reduce over the h/g query heads that read the same KV head (query head i reads i // (h/g))."""
     check.one_of("how", how, tuple(REDUCTIONS))
+    check.count("g", g)
     b, h = x.shape[:2]
     if h % g:
         raise ValueError(f"{h} query heads cannot share {g} KV heads")
@@ -21,7 +22,8 @@ def to_kv_heads(x: Float[Array, "b h *rest"], g: int, how: str = "mean") -> Floa
 def pool(x: Float[Array, "*B n"], width: int, kind: str = "avg") -> Float[Array, "*B n"]:
     """Pooling of odd `width` along the last axis, same length; "avg" divides by `width` and takes zeros past the ends (SnapKV)."""
     check.one_of("pool kind", kind, ("avg", "max"))
-    if width < 1 or width % 2 == 0:
+    check.count("pooling width", width, 0)
+    if width % 2 == 0:
         raise ValueError(f"pooling width must be odd and >= 1, got {width}")
     if width == 1:
         return x
@@ -46,9 +48,11 @@ def window_attention(
 
 def moments(q: Float[Array, "b h n d"], counted: Bool[Array, "b n"]) -> tuple[Float[Array, "b h d"], Float[Array, "b h d d"]]:
     """Mean and covariance (divided by the count) of the counted queries of each head, float32; zeros where none is counted."""
+    if q.ndim != 4 or counted.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(f"q is {list(q.shape)} and counted {list(counted.shape)}; they must be [b h n d] and [b n]")
     weight = counted.astype(jnp.float32)
     number = jnp.maximum(jnp.sum(weight, -1), 1.0)[:, None, None]
     q = jnp.where(counted[:, None, :, None], q.astype(jnp.float32), 0.0)
     mean = jnp.sum(q, 2) / number
-    centred = jnp.where(counted[:, None, :, None], q - mean[:, :, None], 0.0)
+    centred = jnp.where(counted[:, None, :, None], jnp.clip(q - mean[:, :, None], -1e15, 1e15), 0.0)  # squares stay finite
     return mean, jnp.einsum("bhni,bhnj->bhij", centred, centred) / number[..., None]

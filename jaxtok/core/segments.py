@@ -4,11 +4,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtok.core import check
 from jaxtok.core.reduce import gather, segment_sum
 
 
 def chunks(pos: Int[Array, "*B n"], size: int) -> Int[Array, "*B n"]:
     """Chunk number of each live row, counted from the oldest live row; -1 where dead. Rows are in order."""
+    check.count("size", size)
     live = pos >= 0
     rank = jnp.cumsum(live.astype(jnp.int32), -1) - 1
     return jnp.where(live, rank // size, -1)

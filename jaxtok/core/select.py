@@ -1,10 +1,13 @@
 """Which rows stay: scores to masks, masks to plans of static size."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtok.core import check
 from jaxtok.core.types import Plan
 
 NEG = jnp.finfo(jnp.float32).min  # the lowest score that a live row can have; -inf is left to rows that may not be chosen
@@ -29,6 +32,7 @@ def choose(
     """
     n = score.shape[-1]
     if isinstance(keep, int):
+        check.count("keep", keep, 0)
         most = keep if most is None else min(most, keep)
     most = n if most is None else min(most, n)
     candidate = live if protect is None else live & ~protect
@@ -43,7 +47,8 @@ def choose(
 
 def mark(index: Int[Array, "*B m"], n: int) -> Bool[Array, "*B n"]:
     """Mask of the rows named by `index`; entries outside 0..n-1 name none."""
-    flat = jnp.where((index < 0) | (index > n), n, index).reshape(-1, index.shape[-1])
+    check.count("n", n, 0)
+    flat = jnp.where((index < 0) | (index > n), n, index).reshape(math.prod(index.shape[:-1]), index.shape[-1])
     hit = jax.vmap(lambda i: jnp.zeros((n + 1,), bool).at[i].set(True)[:n])(flat)
     return hit.reshape((*index.shape[:-1], n))
 
@@ -55,6 +60,8 @@ def pack(mask: Bool[Array, "*B n"], cap: int | None = None, score: Float[Array, 
     counted in `plan.lost`.
     """
     n = mask.shape[-1]
+    if cap is not None:
+        check.count("cap", cap, 0)
     cap = n if cap is None else min(cap, n)
     lost = jnp.maximum(jnp.sum(mask, -1, dtype=jnp.int32) - cap, 0)
     if score is not None and cap < n:
@@ -71,13 +78,17 @@ def pack(mask: Bool[Array, "*B n"], cap: int | None = None, score: Float[Array, 
 
 def from_index(index: Int[Array, "*B m"], n: int) -> Plan:
     """The selection that row i of the result takes from row `index[i]` (-1 = empty); indices are distinct."""
+    check.count("n", n, 0)
     m = index.shape[-1]
-    flat = jnp.where(index < 0, n, index).reshape(-1, m)
+    flat = jnp.where(index < 0, n, index).reshape(math.prod(index.shape[:-1]), m)
     assign = jax.vmap(lambda i: jnp.full((n + 1,), -1, jnp.int32).at[i].set(jnp.arange(m, dtype=jnp.int32))[:n])(flat)
     return Plan(index.astype(jnp.int32), assign.reshape((*index.shape[:-1], n)), None, jnp.zeros(index.shape[:-1], jnp.int32))
 
 
 def identity(shape: tuple[int, ...]) -> Plan:
     """The plan that leaves rows of shape [*B n] as they are."""
+    check.kind("shape", shape, tuple)
+    if not shape:
+        raise ValueError("shape must name the row axis last, [*B n]; got ()")
     row = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
     return Plan(row, row, None, jnp.zeros(shape[:-1], jnp.int32))

@@ -20,6 +20,7 @@ from jax import lax
 # block's logits stay in the caches between the two products. Fewer queries take more keys, so a decoding step is a single block.
 CHUNK = 256
 LOGITS = 2**17  # a head
+MOST = np.finfo(np.float32).max
 FAR = np.iinfo(np.int32).max  # stands for the position of a dead key: later than any query
 
 
@@ -60,6 +61,9 @@ def make_spec(q, k, *, causal: bool, softcap: float | None, scale: float | None,
     chunk = t if whole else _divide(t, CHUNK)
     block = s if whole else _divide(s, max(LOGITS // chunk, 8))
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not np.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite, or None for d ** -0.5")
+    softcap = None if softcap is None else float(softcap)
     return Spec(causal=causal, softcap=softcap, scale=scale, diagonal=diagonal, chunk=chunk, block=block)
 
 
@@ -153,6 +157,7 @@ def logits(spec: Spec, x: Operands, i, j) -> tuple[jax.Array, jax.Array | None]:
         y, slope = spec.softcap * unit, 1 - unit * unit
     if x.bias is not None:
         y += take(x.bias, j, spec.block, 2)[:, :, None, None]
+    y = jnp.minimum(jnp.where(y > -MOST, y, -MOST), MOST)  # products of finite numbers may overflow; inf - inf is the lowest
     see = visible(spec, take(x.q_pos, i, spec.chunk, 1), take(x.far, j, spec.block, 2), x.window)
     return jnp.where(see[:, :, None], y, -jnp.inf), slope
 
@@ -226,7 +231,7 @@ def check(q, k, q_pos, k_pos, *, v=None, bias=None, lse=None, softcap=None, diag
         raise ValueError(f"q is {list(q.shape)} and k is {list(k.shape)}; batch and head dim must agree: k must be [{b} g s {d}]")
     if v is not None and v.shape[:3] != k.shape[:3]:
         raise ValueError(f"k is {list(k.shape)} and v is {list(v.shape)}; all but the last axis must be the same")
-    if h % g:
+    if not g or h % g:
         raise ValueError(f"{h} query heads are no multiple of {g} KV heads; head i reads KV head i // (h/g)")
     for name, x, shapes in (("q_pos", q_pos, [(b, t)]), ("k_pos", k_pos, [(b, s), (b, g, s)])):
         if x.dtype != jnp.int32:
@@ -236,9 +241,9 @@ def check(q, k, q_pos, k_pos, *, v=None, bias=None, lse=None, softcap=None, diag
     for name, x, shape in (("bias", bias, (b, g, s)), ("lse", lse, (b, h, t))):
         if x is not None and (x.dtype != jnp.float32 or x.shape != shape):
             raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be float32 {list(shape)}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be positive, or None for no soft-cap")
-    if diagonal is not None and not isinstance(diagonal, int):
+    if softcap is not None and not 0 < softcap < np.inf:
+        raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None for no soft-cap")
+    if diagonal is not None and (not isinstance(diagonal, int) or abs(diagonal) > FAR):
         raise ValueError(f"diagonal is {diagonal!r}; it must be a static int (the number of key rows before query row 0) or None")
 
 

@@ -104,6 +104,12 @@ def test_shares_by_hand_and_refused():
             budget.shares(bad, 4)
 
 
+def test_shares_far_from_their_ideal_take_no_row_by_row_walk():
+    most = 10**6 + 1
+    assert budget.shares((1.0, 0.0, 0.0), 2 * 10**6, least=0, most=most) == (most, 499_999 + 1, 499_999)
+    assert budget.shares((1.0, 1.0), 10**9, least=1) == (5 * 10**8, 5 * 10**8)
+
+
 apportion = jax.jit(budget.apportion)
 
 

@@ -24,6 +24,23 @@ def test_between():
         check.between("ratio", math.inf, 0.0, math.inf)
 
 
+def test_numbers_and_kinds():
+    check.count("pages", 3)
+    check.count("pages", 0, 0)
+    for bad, error, said in ((0, ValueError, ">= 1, got 0"), (2**31, ValueError, "<= 2147483647, got 2147483648"), (2.0, TypeError, "whole number"),
+                             (True, TypeError, "got True"), ("3", TypeError, "got '3'"), (None, TypeError, "got None")):  # fmt: skip
+        with pytest.raises(error, match=f"pages must be .*{said}"):
+            check.count("pages", bad)
+    for bad in ("x", None, (), True):
+        with pytest.raises(TypeError, match="x must be a number, got"):
+            check.share("x", bad)
+    with pytest.raises(ValueError, match=f"got {10**400}"):  # no float, so math.isfinite would overflow
+        check.between("x", 10**400, 0, 1)
+    check.kind("x", 1, int)
+    with pytest.raises(TypeError, match=r"x must be a int, got 1\.5"):
+        check.kind("x", 1.5, int)
+
+
 def test_one_of():
     check.one_of("kind", "max", ("max", "avg"))
     with pytest.raises(ValueError, match="kind must be one of max, avg, got 'min'"):

@@ -47,8 +47,8 @@ class ExpectedAttention(CacheScorer):
     scale: float | None = None
 
     def __post_init__(self):
-        check.at_least("sinks", self.sinks, 0)
-        check.at_least("future", self.future, 1)
+        check.count("sinks", self.sinks, 0)
+        check.count("future", self.future, 1)
         check.at_least("epsilon", self.epsilon, 0)
         check.budget("capacity", self.capacity, self.sinks)
 

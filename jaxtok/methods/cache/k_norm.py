@@ -33,6 +33,7 @@ class KNorm(CacheScorer):
     protect: Protect = CacheScorer.protect
 
     def __post_init__(self):
+        check.kind("protect", self.protect, Protect)
         check.budget("capacity", self.capacity, self.protect.total)
 
     def score(self, params, kv: KV, evidence: Evidence) -> Float[Array, "b g s"]:

@@ -32,6 +32,7 @@ class KeyDiff(CacheScorer):
     protect: Protect = CacheScorer.protect
 
     def __post_init__(self):
+        check.kind("protect", self.protect, Protect)
         check.budget("capacity", self.capacity, self.protect.total)
 
     def score(self, params, kv: KV, evidence: Evidence) -> Float[Array, "b g s"]:

@@ -56,7 +56,7 @@ class PyramidKV(CacheScorer):
     place: tuple[int, int, int] | None = None  # (layer, layers, capacity of the average layer), set by `layer`
 
     def __post_init__(self):
-        check.at_least("window", self.window, 1)
+        check.count("window", self.window, 1)
         check.one_of("kind", self.kind, ("avg", "max"))
         check.one_of("group", self.group, tuple(score.REDUCTIONS))
         check.at_least("beta", self.beta, 1)

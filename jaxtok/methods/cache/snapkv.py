@@ -45,7 +45,7 @@ class SnapKV(CacheScorer):
     group: str = "mean"
 
     def __post_init__(self):
-        check.at_least("window", self.window, 1)
+        check.count("window", self.window, 1)
         check.one_of("kind", self.kind, ("avg", "max"))
         check.one_of("group", self.group, tuple(score.REDUCTIONS))
         check.budget("capacity", self.capacity, self.window)

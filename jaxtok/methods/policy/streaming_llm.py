@@ -38,7 +38,7 @@ class StreamingLLM(CachePolicy):
     compact: bool = True
 
     def __post_init__(self):
-        check.at_least("sinks", self.sinks, 0)
+        check.count("sinks", self.sinks, 0)
         check.budget("capacity", self.capacity, self.sinks + 1)
 
     @property

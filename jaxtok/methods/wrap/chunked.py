@@ -42,7 +42,7 @@ class Chunked(CacheCompressor):
     def __post_init__(self):
         if not isinstance(self.base, CacheScorer):
             raise TypeError(f"chunked needs the scores of its base, a CacheScorer; got {self.base!r}. Put other wrappers around chunked")
-        check.at_least("chunk", self.chunk, 1)
+        check.count("chunk", self.chunk, 1)
         if self.base.needs.hidden:
             raise ValueError(f"{self.base.name} reads hidden rows, which are not kept per head; chunked cannot cut them")
 
