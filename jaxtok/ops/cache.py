@@ -14,20 +14,10 @@ def append(kv: KV, k: Float[Array, "b g t d"], v: Array, pos: Int[Array, "b t"],
     t, slots = k.shape[2], kv.k.shape[2]
     if t > slots:
         raise ValueError(f"{t} rows cannot be appended to a cache of {slots} slots; prefill with more room (new=)")
-    at = jnp.minimum(kv.cursor, slots - t)
-    skip = kv.cursor - at  # the window [at, at + t) begins with `skip` slots that are taken already
-    room = jnp.arange(t, dtype=jnp.int32) >= skip
-
-    def write(old, rows):
-        rows = rows.astype(old.dtype)
-        if t > 1:
-            rows = jnp.roll(rows, skip, 2)
-        here = jax.lax.dynamic_slice_in_dim(old, at, t, 2)
-        fit = room.reshape((1, 1, t) + (1,) * (old.ndim - 3))
-        return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fit, rows, here), at, 2)
-
+    skip = jnp.maximum(kv.cursor - (slots - t), 0)  # this many rows find no slot
     full = jnp.broadcast_to(pos[:, None], (*kv.pos.shape[:2], t))
     gone = jnp.sum((pos >= 0) & (jnp.arange(t) >= t - skip)[None], -1, dtype=jnp.int32)
+    write = lambda old, rows: _write(old, rows.astype(old.dtype), kv.cursor, skip)
     return kv._replace(
         k=write(kv.k, k),
         v=write(kv.v, v),
@@ -36,6 +26,26 @@ def append(kv: KV, k: Float[Array, "b g t d"], v: Array, pos: Int[Array, "b t"],
         cursor=jnp.minimum(kv.cursor + t, slots),
         lost=kv.lost + gone[:, None],
     )
+
+
+def _write(old: Float[Array, "b g s *d"], rows: Float[Array, "b g t *d"], cursor: Array, skip: Array) -> Array:
+    """`old` with the rows from `cursor` on, but for the last `skip`."""
+    t, at = rows.shape[2], cursor - jnp.maximum(cursor + rows.shape[2] - old.shape[2], 0)
+
+    def slices(old, rows):  # the window [at, at + t) begins with `skip` slots that are taken already
+        if t > 1:
+            rows = jnp.roll(rows, skip, 2)
+        here = jax.lax.dynamic_slice_in_dim(old, at, t, 2)
+        fit = (jnp.arange(t, dtype=jnp.int32) >= skip).reshape((1, 1, t) + (1,) * (old.ndim - 3))
+        return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fit, rows, here), at, 2)
+
+    def scatter(old, rows):
+        b, g = jnp.indices(old.shape[:2], sparse=True)
+        return old.at[b, g, cursor].set(rows[:, :, 0], mode="drop", unique_indices=True)
+
+    # XLA's CPU compiler fuses the update into the attention that reads it and so makes a copy of the whole cache at each step (three
+    # times slower); a scatter it leaves alone.
+    return slices(old, rows) if t > 1 else jax.lax.platform_dependent(old, rows, cpu=scatter, default=slices)
 
 
 def place(q: Float[Array, "b h t d"], kv: KV, first: Array, freqs: Array) -> tuple[Array, Array]:
