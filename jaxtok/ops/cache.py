@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxtok.core.reduce import ranks
 from jaxtok.core.rotary import turn
@@ -28,7 +28,7 @@ def append(kv: KV, k: Float[Array, "b g t d"], v: Array, pos: Int[Array, "b t"],
     )
 
 
-def _write(old: Float[Array, "b g s *d"], rows: Float[Array, "b g t *d"], cursor: Array, skip: Array) -> Array:
+def _write(old: Shaped[Array, "b g s *d"], rows: Shaped[Array, "b g t *d"], cursor: Array, skip: Array) -> Array:
     """`old` with the rows from `cursor` on, but for the last `skip`."""
     t, at = rows.shape[2], cursor - jnp.maximum(cursor + rows.shape[2] - old.shape[2], 0)
 
