@@ -11,16 +11,22 @@ from jaxtok.cli.common import EMBEDDED, Common, load_model
 class Generate(Common):
     """Continue prompts with a method at work on the cache."""
 
-    prompt: tuple[str, ...]
-    """One text or several, which then run as one batch; - reads one from standard input."""
+    prompt: tuple[str, ...] = ()
+    """One text or several, which then run as one batch; - reads one from standard input. In a chat: what you say, turn by turn."""
     model: str = EMBEDDED
     """A Hugging Face directory or hub id, a llama2.c .bin file or directory, or `embedded`, the model of the package."""
     methods: tuple[str, ...] = ("full",)
     """Such as snapkv:window=32 or ada_kv:base=k_norm; each continues all prompts."""
     budget: str = "50%"
-    """Slots that a method keeps a KV head: a number of tokens or a share of the prompt (25%)."""
+    """Slots that a method keeps a KV head: a number of tokens or a share of the prompt (25%), in a chat of --context."""
     new: int = 100
-    """Tokens to generate at most."""
+    """Tokens to generate at most, in a chat for each reply."""
+    chat: bool = False
+    """Talk with a chat model, in the template of its checkpoint. Without --prompt: type a line a turn; /new begins anew, /exit ends."""
+    system: str | None = None
+    """In a chat: the system message."""
+    context: int | None = None
+    """In a chat: slots of a cache that no method bounds; default: what the model was trained for, at most 4096."""
     temperature: float = 0.0
     """0 = greedy."""
     top_k: int | None = None
@@ -35,6 +41,14 @@ class Generate(Common):
     """Print JSON."""
 
     def run(self) -> None:
+        if self.chat:
+            from jaxtok.cli import chat
+
+            return chat.run(self)
+        if not self.prompt:
+            raise ValueError("generate needs --prompt, or --chat")
+        if self.system is not None or self.context is not None:
+            raise ValueError("--system and --context go with --chat")
         import jax
         import jax.numpy as jnp
         import numpy as np

@@ -25,7 +25,8 @@ Placement = jax.sharding.Sharding | jax.sharding.PartitionSpec
 Progress = Callable[[int, int, str], None]
 
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+_CHAT_FILES = ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"]
+_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", *_CHAT_FILES]
 _SHARD_BYTES = 4 * 2**30
 
 
@@ -54,7 +55,7 @@ def load(
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype={dtype} is no floating type; choose float32, bfloat16 or float16")
     place = _placer(sharding)
-    where = _find(path)
+    where = find(path)
     if where.is_file():
         return _load_llama2c(where, dtype, place, progress)
     if (where / "config.json").is_file():
@@ -66,7 +67,7 @@ def load(
     raise ValueError(f"{where} is no checkpoint: need config.json with safetensors, or one llama2.c .bin; found {found}")
 
 
-def _find(path: str | os.PathLike[str]) -> pathlib.Path:
+def find(path: str | os.PathLike[str]) -> pathlib.Path:
     """A local path, or the local snapshot of a hub id."""
     where = pathlib.Path(path).expanduser()
     if where.exists():

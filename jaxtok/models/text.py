@@ -155,6 +155,37 @@ class ScoreTokenizer:
         (folder / "tokenizer.bin").write_bytes(struct.pack("<i", max(map(len, self.pieces))) + body)
 
 
+class Stream:
+    """Text of ids that come a few at a time: what `push` and `end` return joins to the text that all ids have together.
+
+    A token may hold part of a character, whose bytes are text only when the last of them is there, and may begin with a blank that a
+    tokenizer drops at the start of a text: so new ids are decoded after those before them. before: ids whose text is known already.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: Ids = ()):
+        self.tokenizer, self.ids = tokenizer, _ints(before)[-8:]  # enough for a character and what surrounds it
+        self.told = len(self.ids)
+
+    def push(self, ids: Ids) -> str:
+        """The text that is certain once these ids follow."""
+        self.ids += _ints(ids)
+        return self._tell(whole=False)
+
+    def end(self) -> str:
+        """What is left: bytes that never became a character, as U+FFFD."""
+        return self._tell(whole=True)
+
+    def _tell(self, whole: bool) -> str:
+        known = self.tokenizer.decode(self.ids[: self.told])
+        for n in range(len(self.ids), self.told, -1):
+            text = self.tokenizer.decode(self.ids[:n])
+            if whole or not text.endswith("\ufffd"):
+                start = max(0, self.told - 8)  # what stands before is of no more use
+                self.ids, self.told = self.ids[start:], n - start
+                return text[len(known) :]
+        return ""
+
+
 def pad(
     rows: Sequence[Sequence[int]], bucket: int | None = None, side: str = "left", fill: int = 0
 ) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"]]:

@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
 
-from jaxtok.models.text import JsonTokenizer, ScoreTokenizer, Tokenizer, pad
+from jaxtok.models.text import JsonTokenizer, ScoreTokenizer, Stream, Tokenizer, pad
 
 
 def score_tokenizer(words):
@@ -118,3 +121,49 @@ def test_pad():
 def test_pad_refuses(args, message):
     with pytest.raises(ValueError, match=message):
         pad(*args)
+
+
+# --- text that comes a few ids at a time --------------------------------------------------------------------------------
+
+
+def byte_level():
+    """A token a byte, as GPT-2 spells them."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    return JsonTokenizer(inner)
+
+
+def pieces():
+    """Words with a leading blank that a text loses at its start, bytes where no piece fits (SentencePiece)."""
+    vocab = [*"\u2581abcdefghijklmnopqrstuvwxyz", *(f"<0x{i:02X}>" for i in range(256))]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(vocab)}, merges=[], byte_fallback=True))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    d = tokenizers.decoders
+    inner.decoder = d.Sequence([d.Replace("\u2581", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    return JsonTokenizer(inner)
+
+
+@pytest.mark.parametrize("make", [byte_level, pieces])
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_a_stream_joins_to_the_text(make, step):
+    tokenizer, text = make(), "a caf\u00e9 \u4f60\u597d \U0001f642\U0001f642 end \u00df"
+    ids, before = tokenizer.encode(text), tokenizer.encode("so far")
+    for prompt in ([], before):
+        stream, out = Stream(tokenizer, prompt), []
+        for i in range(0, len(ids), step):
+            out.append(stream.push(ids[i : i + step]))
+            assert "\ufffd" not in out[-1], "a character was told before its last byte was there"
+        whole = tokenizer.decode([*prompt, *ids])[len(tokenizer.decode(prompt)) :]
+        assert "".join(out) == whole and stream.end() == "" and whole.endswith(text)
+        assert sum(map(bool, out)) > len(text) / step / 2, "it holds back more than it must"
+
+
+def test_bytes_that_never_become_a_character_are_told_at_the_end():
+    tokenizer = byte_level()
+    start, rest = tokenizer.encode("ok"), tokenizer.encode("\U0001f642")
+    stream = Stream(tokenizer)
+    assert stream.push([*start, *rest[:2]]) == "ok" and stream.push([]) == ""
+    assert stream.end() == tokenizer.decode(rest[:2]) and set(stream.tokenizer.decode(rest[:2])) == {"\ufffd"}
+    assert stream.push(start) == "ok" and stream.end() == ""
