@@ -1,0 +1,108 @@
+"""The published sizes of three families, and every method's recipe on them: shapes only, nothing is allocated."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+import jaxtok.methods
+from jaxtok.core import registry
+from jaxtok.core.recipe import Recipe
+from jaxtok.methods import Chain, KeyDiff, PerLayer, SnapKV
+from jaxtok.models import blocks, decoder, hf
+from jaxtok.models.config import Config
+from tests.models.test_load import LLAMA31
+
+QWEN25 = dict(
+    model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+    num_key_value_heads=4, max_position_embeddings=131072, max_window_layers=28, sliding_window=131072, use_sliding_window=False,
+    rms_norm_eps=1e-6, rope_theta=1000000.0, bos_token_id=151643, eos_token_id=151643, tie_word_embeddings=False, hidden_act="silu",
+)  # fmt: skip
+GEMMA2 = dict(
+    model_type="gemma2", vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
+    num_key_value_heads=8, head_dim=256, max_position_embeddings=8192, query_pre_attn_scalar=256, rms_norm_eps=1e-6, rope_theta=10000.0,
+    sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0, hidden_activation="gelu_pytorch_tanh", bos_token_id=2,
+    eos_token_id=1,
+)  # fmt: skip
+MODELS = {"Llama-3.1-8B": LLAMA31, "Qwen2.5-7B": QWEN25, "Gemma2-9B": GEMMA2}
+PROMPT, CAPACITY, NEW = 4096, 1024, 16
+
+
+@functools.cache
+def model(name):
+    cfg = hf.config_from_hf(MODELS[name])
+    return cfg, jax.eval_shape(lambda: blocks.init(cfg, jax.random.key(0), jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        # head and embedding 2 * 128256 * 4096, 32 layers of 2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096, norm 4096
+        ("Llama-3.1-8B", 8_030_261_248),
+        # 2 * 152064 * 3584, 28 layers of 2 * 3584**2 + 2 * 3584 * 512 + biases 3584 + 2 * 512 + 3 * 3584 * 18944 + 2 * 3584, norm 3584
+        ("Qwen2.5-7B", 7_615_616_512),
+        # 256000 * 3584 (tied), 42 layers of 2 * 3584 * 4096 + 2 * 3584 * 2048 + 3 * 3584 * 14336 + 4 * 3584, norm 3584
+        ("Gemma2-9B", 9_241_705_984),
+    ],
+)
+def test_parameter_counts(name, count):
+    cfg, params = model(name)
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
+    assert jax.tree.map(lambda x: x.shape, params) == blocks.shapes(cfg)
+
+
+def trace(cfg, params, method):
+    """(rows, caches) as shapes, of a prefill and a step."""
+    recipe = Recipe(**{method.site: method})
+    recipe.validate(cfg)
+    own = jax.eval_shape(lambda: recipe.init_params(jax.random.key(0), cfg))
+
+    def run(params, ids, live, key):
+        tokens, layers = decoder.prefill(cfg, params, decoder.embed(cfg, params, ids, live), recipe, new=NEW, key=key)
+        x, layers = decoder.step(cfg, params, blocks.embed(cfg, params, ids[:, :1]), live[:, :1], layers, recipe, key=key)
+        return decoder.logits(cfg, params, x), layers
+
+    ids = jax.ShapeDtypeStruct((1, PROMPT), jnp.int32)
+    return jax.eval_shape(run, params | {"methods": own}, ids, ids.update(dtype=bool), jax.eval_shape(lambda: jax.random.key(0)))
+
+
+# methods that have to be told something, and what a sliding window rules out
+SPECS: dict[str, Callable[[Config], Any]] = {
+    "chain": lambda cfg: Chain(methods=(SnapKV(capacity=2 * CAPACITY), KeyDiff(capacity=CAPACITY))),
+    "per_layer": lambda cfg: PerLayer(base=SnapKV(capacity=CAPACITY), weights=tuple(range(2 * cfg.layers, cfg.layers, -1))),
+}
+REFUSED = {("streaming_llm", "Gemma2-9B"): ("compact positions and a sliding window contradict each other", "streaming_llm:compact=false")}
+
+
+@pytest.fixture
+def untyped():
+    """Shapes are checked by jaxtyping elsewhere; without it whole models trace twice as fast."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", registry.names())
+def test_every_recipe_traces(method, name, untyped):
+    cfg, params = model(name)
+    build = SPECS.get(method, lambda cfg: registry.build(method, CAPACITY))
+    if (method, name) in REFUSED:
+        reason, instead = REFUSED[method, name]
+        with pytest.raises(ValueError, match=reason):
+            trace(cfg, params, build(cfg))
+        build = lambda cfg: registry.build(instead, CAPACITY)
+    logits, layers = trace(cfg, params, build(cfg))
+    assert logits.shape == (1, 1, cfg.vocab) and logits.dtype == jnp.float32 and len(layers) == cfg.layers
+    slots = np.mean([part.kv.pos.shape[2] for parts in layers for part in parts])
+    lossless = method == "full" or registry.get(method).site == "reader"
+    assert slots >= PROMPT + NEW if lossless else CAPACITY < slots <= 1.6 * CAPACITY
+
+
+assert jaxtok.methods  # importing the package fills the registry
