@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import budget, reduce, select
-from jaxtok.core.types import KV, BlockTable, Evidence, Frozen, KeyIndex, Needs, Plan, Protect, Tokens, live_count
+from jaxtok.core.types import KV, BlockTable, Evidence, Frozen, Needs, Plan, Protect, Tokens, live_count
 
 
 class Method:
@@ -201,27 +201,6 @@ def vacate(policy: CachePolicy, params, state: Held, kv: KV, keep=None) -> tuple
 
     kv = kv._replace(k=put(kv.k, 0), v=put(kv.v, 0), pos=put(kv.pos, -1), bias=put(kv.bias, 0), cursor=at)
     return kv, Held(jax.tree.map(lambda x: put(x, 0), state.slots), state.rest), victim
-
-
-class Reader(Method):
-    """Site reader: which slots a query reads. Nothing is lost."""
-
-    block: int = 1
-    raw: bool = False
-
-    def start(self, params, layer: int, kv: KV) -> Any:
-        """Per-layer state, kept over steps."""
-        return ()
-
-    def update(self, params, state, kv: KV, slot: Int[Array, "b g"]) -> Any:
-        """State after the contents of `slot` changed (an append or an eviction)."""
-        return state
-
-    def read(
-        self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV
-    ) -> tuple[Any, Any, KeyIndex | None]:
-        """(state, carry over the layers of a step, blocks to read; None = all). Queries at pos -1 are dead; their keys are in `kv`."""
-        raise NotImplementedError(f"{type(self).__name__} must say what to read")
 
 
 class Sparsifier(Method):

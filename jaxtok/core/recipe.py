@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxtok.core import protocols
+from jaxtok.core.reader import Reader
 from jaxtok.core.types import Needs
 
 _KIND = {
@@ -17,7 +18,7 @@ _KIND = {
     "attention": protocols.Attention,
     "cache": protocols.CacheCompressor,
     "policy": protocols.CachePolicy,
-    "reader": protocols.Reader,
+    "reader": Reader,
     "edits": protocols.LayerEdit,
 }
 
@@ -40,7 +41,7 @@ class Recipe:
     attention: protocols.Attention | None = None
     cache: protocols.CacheCompressor | None = None
     policy: protocols.CachePolicy | None = None
-    reader: protocols.Reader | None = None
+    reader: Reader | None = None
     heads: tuple[tuple[int, ...], ...] = ()
     edits: tuple[protocols.LayerEdit, ...] = ()
 
@@ -127,3 +128,5 @@ class Recipe:
                 raise ValueError(f"{method.name} tells {method.groups} head groups apart; Recipe.heads says {groups} a layer")
         if self.reader is not None and groups > 1:
             raise ValueError(f"{self.reader.name} reads caches of one head group; Recipe.heads splits them into {groups}")
+        if self.reader is not None and self.reader.attends and self.policy is not None:
+            raise ValueError(f"{self.reader.name} attends by itself and knows slots by where they were written; use no policy beside it")

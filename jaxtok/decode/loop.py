@@ -142,8 +142,8 @@ def prefill_chunked(
     recipe.validate(cfg)
     if recipe.layers:
         raise ValueError("pruning between layers takes the whole prompt; prefill it at once")
-    if recipe.reader is not None and recipe.reader.raw and not (recipe.policy is not None and recipe.policy.raw):
-        raise ValueError(f"{recipe.reader.name} wants keys stored unrotated from the first chunk on; prefill at once")
+    if recipe.reader is not None and recipe.reader.raw and not read and not (recipe.policy is not None and recipe.policy.raw):
+        raise ValueError(f"{recipe.reader.name} wants keys stored unrotated from the first chunk on; prefill at once, or with read=True")
     live = jnp.ones(ids.shape, bool) if live is None else live
     b, n = ids.shape
     extra = -n % chunk

@@ -91,7 +91,7 @@ def listen(
         for part, at in zip(parts, cursors, strict=True):
             kv = part.kv._replace(cursor=jnp.minimum(at + jnp.max(count), part.kv.k.shape[2]))
             own = params.get("methods", {}).get("reader", {})
-            now.append(part._replace(kv=kv, reader=() if recipe.reader is None else recipe.reader.start(own, i, kv)))
+            now.append(part._replace(kv=kv, reader=() if recipe.reader is None else recipe.reader.start(own, i, kv, cfg.heads)))
         out.append(tuple(now))
     return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], 1), tuple(out)
 

@@ -11,16 +11,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtok.core.protocols import Held, vacate
+from jaxtok.core.reader import Sight
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, grow_kv, move, reduce_kv
 from jaxtok.core.rotary import rotate_by, turn
 from jaxtok.core.score import moments
-from jaxtok.core.types import KV, Evidence, Frozen, KeyIndex, Needs, Part, Tokens
+from jaxtok.core.types import KV, Evidence, Frozen, Needs, Part, Tokens
 from jaxtok.models import blocks
 from jaxtok.models.config import Config
 from jaxtok.ops.attention import attention, merge
 from jaxtok.ops.cache import append, block_slots, place, scatter
 from jaxtok.ops.evidence import peak, received, rows
+from jaxtok.ops.read import take_kv
 
 
 def raw(recipe: Recipe) -> bool:
@@ -219,7 +221,7 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
     kv = grow_kv(kv, slots)
     kv = kv if cursor is None else kv._replace(cursor=jnp.full((), cursor, jnp.int32))
     state = Held(_pad_slots(state.slots, extra), state.rest)
-    return Part(kv, state, () if reader is None else reader.start(learned.get("reader", {}), i, kv), frozen)
+    return Part(kv, state, () if reader is None else reader.start(learned.get("reader", {}), i, kv, cfg.heads), frozen)
 
 
 def _move_slots(plan, slots):
@@ -252,16 +254,22 @@ def step_part(cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe
     turned: Any = q if unturned else rotate_by(q, ids, freqs)
     keys, values, slots = kv.k, kv.v, None
     if reader is not None:
-        index, reading, carry = _choose(cfg, i, reader, learned.get("reader", {}), reading, carry, turned, pos, kv, at, count[:, -1])
+        own, sight = learned.get("reader", {}), Sight(freqs, see["window"], cfg.softcap, cfg.scale, impl)
+        reading, known = _written(reader, own, reading, kv, at, k.shape[2], see["window"], count[:, -1])
+        if reader.attends:
+            reading, carry, out, lse = reader.attend(own, i, reading, carry, turned, pos, known, sight)
+            if frozen is not None:
+                out, _ = merge(out, lse, *_attend_frozen(cfg, frozen, turned, see, impl))
+            return out, Part(kv, state, reading, frozen), carry
+        reading, carry, index = reader.read(own, i, reading, carry, turned, pos, known, sight)
         if index is not None:
             slots = block_slots(index.index, reader.block)
-            keys, values = gather(keys, slots), gather(values, slots)
-            extra = 0.0 if index.bias is None else index.bias
-            see |= {"k_pos": jnp.where(slots < 0, -1, gather(kv.pos, slots)), "bias": gather(kv.bias, slots) + extra}
+            keys, values, k_pos, bias = take_kv(kv, slots)
+            see |= {"k_pos": k_pos, "bias": bias if index.bias is None else bias + index.bias}
             if unturned:
                 if index.rope is None or index.query is None:
                     raise ValueError(f"{reader.name} reads raw keys and must say where they and the queries stand (KeyIndex.rope and .query)")
-                turned, keys = turn(q, jnp.repeat(index.query, q.shape[1] // k.shape[1], 1), freqs), turn(keys, index.rope, freqs)
+                turned, keys = turn(q, jnp.repeat(index.query, q.shape[1] // slots.shape[1], 1), freqs), turn(keys, index.rope, freqs)
     if unturned and slots is None:
         turned, keys = place(q, kv, jnp.minimum(at, kv.k.shape[2] - k.shape[2]), freqs)
     out, lse = attention(turned, keys, values, impl=impl, **see)
@@ -281,26 +289,33 @@ def step_part(cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe
                 for slot in (victim, jnp.broadcast_to(at, victim.shape)):
                     reading = reader.update(learned.get("reader", {}), reading, kv, slot)
         else:
-            kv, state, reading = _refit(policy, own, reader, learned.get("reader", {}), i, kv, state, reading, evidence, budget)
+            kv, state, reading = _refit(cfg, policy, own, reader, learned.get("reader", {}), i, kv, state, reading, evidence, budget)
     if frozen is not None:
         out, _ = merge(out, lse, *_attend_frozen(cfg, frozen, turned, see, impl))
     return out, Part(kv, state, reading, frozen), carry
 
 
-def _choose(cfg: Config, i: int, reader, own, reading, carry, q, pos, kv: KV, at, added) -> tuple[KeyIndex | None, Any, Any]:
-    """(what the reader wants to read, its state, its carry over layers) once the rows at slot `at` on were written."""
-    last, t = kv.k.shape[2] - 1, q.shape[2]
+def _written(reader, own, reading, kv: KV, at, t: int, window: int | None, added) -> tuple[Any, KV]:
+    """(the reader's state once t rows were written from slot `at` on, the cache as it may look at it)."""
+    last = kv.k.shape[2] - 1
     written = lambda r, reading: reader.update(own, reading, kv, jnp.broadcast_to(jnp.minimum(at + r, last), kv.pos.shape[:2]))
     reading = written(0, reading) if t == 1 else jax.lax.fori_loop(0, t, written, reading)
     window = cfg.layer_window(i)
     if window is not None:  # what no query of this step can see is dead to the reader
         edge = kv.seen - added - window
         kv = kv._replace(pos=jnp.where(kv.pos > edge[:, None, None], kv.pos, -1))
-    reading, carry, index = reader.read(own, i, reading, carry, q, pos, kv)
-    return index, reading, carry
+    return reading, kv
 
 
-def _refit(policy, own, reader, reader_params, i, kv, state, reading, evidence, budget):
+def finish(params, layers: list[tuple[Part, ...]], carry, recipe: Recipe) -> tuple[tuple[Part, ...], ...]:
+    """The layers after a step: their reader's states as they leave it."""
+    if recipe.reader is None:
+        return tuple(layers)
+    states = recipe.reader.finish(params.get("methods", {}).get("reader", {}), tuple(parts[0].reader for parts in layers), carry)
+    return tuple((parts[0]._replace(reader=state), *parts[1:]) for parts, state in zip(layers, states, strict=True))
+
+
+def _refit(cfg, policy, own, reader, reader_params, i, kv, state, reading, evidence, budget):
     """Every `policy.every` appends: one plan for the whole cache."""
     slots = kv.k.shape[2]
 
@@ -308,6 +323,6 @@ def _refit(policy, own, reader, reader_params, i, kv, state, reading, evidence, 
         plan = policy.fit(own, state, kv, evidence, budget)
         moved = Held(_pad_slots(_move_slots(plan, state.slots), slots - plan.index.shape[-1]), state.rest)
         kv = grow_kv(reduce_kv(plan, kv), slots)
-        return kv, moved, reading if reader is None else reader.start(reader_params, i, kv)
+        return kv, moved, reading if reader is None else reader.start(reader_params, i, kv, cfg.heads)
 
     return jax.lax.cond(kv.cursor >= policy.capacity + policy.every, fit, lambda *same: same, kv, state, reading)

@@ -69,7 +69,7 @@ def empty(cfg: Config, params, b: int, slots: int, recipe: Recipe = PLAIN) -> La
         seen = Evidence(received=nothing, rows=nothing[:, :, None], **cached.at_hand(i, jnp.asarray(blocks.frequencies(cfg, i)), None))
         learned = params.get("methods", {})
         state = recipe.policy.layer(i, cfg.layers).start(learned.get("policy", {}), kv, seen) if recipe.policy else Held()
-        reading = recipe.reader.start(learned.get("reader", {}), i, kv) if recipe.reader else ()
+        reading = recipe.reader.start(learned.get("reader", {}), i, kv, cfg.heads) if recipe.reader else ()
         out.append((Part(kv, state, reading),))
     return tuple(out)
 
@@ -228,6 +228,6 @@ def step(
         o = attended[0] if len(attended) == 1 else jnp.concatenate(attended, 1)
         x = blocks.mlp(cfg, p, blocks.out_proj(cfg, p, x, o))
         out.append(tuple(kept))
-    return x, tuple(out)
+    return x, cached.finish(params, out, carries[0], recipe)
 
 

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxtok.core import protocols
+from jaxtok.core.reader import Reader
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import Needs
 
@@ -65,7 +66,7 @@ class Step(protocols.CachePolicy):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Read(protocols.Reader):
+class Read(Reader):
     name = "read"
     raw: bool = False
 
@@ -108,6 +109,10 @@ def test_keys_stored_unrotated_and_who_cannot_live_with_them():
     refused("a pruner that repacks positions would be undone", layers=((1, Prune(positions="repack")),), policy=Step(raw=True))
     refused("read reads rotated keys, but step stores them unrotated", policy=Step(raw=True), reader=Read())
     refused("sliding window contradict", Cfg(window=8), policy=Step(raw=True))
+
+
+def test_a_reader_that_attends_takes_no_policy():
+    refused("attends by itself", reader=type("Own", (Read,), {"attends": True})(), policy=Step())
 
 
 def test_a_policy_must_hold_what_the_cache_method_keeps():

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.core.protocols import vacate
+from jaxtok.core.reader import Sight
 from jaxtok.core.reduce import gather, grow_kv, reduce_kv
 from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV, Evidence
-from jaxtok.ops.cache import place
 from jaxtok.ops.attention import attention
+from jaxtok.ops.cache import place
 from jaxtok.ops.evidence import received, rows
 
 B, H, G, N, D = 2, 4, 2, 24, 8
@@ -25,6 +26,11 @@ LIVE = (24, 17)
 def freqs(d: int):
     """What raw policies are rotated by."""
     return jnp.asarray(1e4 ** (-np.arange(d // 2) / (d // 2)), jnp.float32)
+
+
+def sight(d: int = D, **changes) -> Sight:
+    """What a reader is told besides positions."""
+    return Sight(freqs(d))._replace(**changes)
 
 
 def cache(k, v, live=None, dtype=jnp.float32) -> KV:
@@ -136,6 +142,32 @@ def check_scorer(make, evidence, *, protected) -> None:
     half = kv._replace(k=kv.k.astype(jnp.bfloat16), v=kv.v.astype(jnp.bfloat16))
     assert jax.eval_shape(scorer(method), half, seen).dtype == jnp.float32
     assert jax.eval_shape(program(method), half, seen, None).k.dtype == jnp.bfloat16
+
+
+# --- readers ------------------------------------------------------------------------------------------------------------
+
+
+def attend_to(q, kv: KV, sets, scale=None) -> np.ndarray:
+    """f64 [b h d]: attention of one query [b h d] to the live ones of the slots `sets[b][h]`; zeros where none is."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, kv.k, kv.v))
+    out = np.zeros((*q.shape[:2], v.shape[-1]))
+    for i, head in np.ndindex(*q.shape[:2]):
+        e = head // (q.shape[1] // k.shape[1])
+        at = [j for j in sorted(sets[i][head]) if j >= 0 and np.asarray(kv.pos)[i, e, j] >= 0]
+        if at:
+            logit = k[i, e, at] @ q[i, head] * (q.shape[-1] ** -0.5 if scale is None else scale) + np.asarray(kv.bias, np.float64)[i, e, at]
+            p = np.exp(logit - logit.max())
+            out[i, head] = p @ v[i, e, at] / p.sum()
+    return out
+
+
+def everything(q, kv: KV):
+    return [[range(kv.pos.shape[-1])] * q.shape[1]] * q.shape[0]
+
+
+def newest(kv: KV) -> jax.Array:
+    """i32 [b 1]: the position of the query whose key was written last."""
+    return jnp.max(kv.pos, (1, 2))[:, None]
 
 
 # --- step policies ------------------------------------------------------------------------------------------------------

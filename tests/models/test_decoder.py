@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.core.protocols import CachePolicy, CacheScorer, Held, Reader, Reducer
+from jaxtok.core.protocols import CachePolicy, CacheScorer, Held, Reducer
+from jaxtok.core.reader import Reader
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.rotary import turn
 from jaxtok.core.select import choose, pack
@@ -224,7 +225,7 @@ class Pages(Reader):
     pages: int = 99
     name, site = "pages", "reader"
 
-    def read(self, params, layer, state, carry, q, kv):
+    def read(self, params, layer, state, carry, q, pos, kv, see):
         b, g, s, d = kv.k.shape
         score = jnp.einsum("bgtd,bgsd->bgs", q.reshape(b, g, -1, d), kv.k) + jnp.where(kv.pos < 0, -1e9, 0.0)
         best = score.reshape(b, g, s // self.block, self.block).max(-1)

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import check, score, select
-from jaxtok.core.protocols import Reader
+from jaxtok.core.reader import Reader, Sight, Traffic, attended
 from jaxtok.core.reduce import gather
 from jaxtok.core.registry import register
 from jaxtok.core.types import KV, KeyIndex
@@ -50,12 +50,12 @@ class Quest(Reader):
     group: str = "max"
 
     def __post_init__(self):
-        check.at_least("pages", self.pages, 1)
-        check.at_least("block", self.block, 1)
-        check.at_least("dense_layers", self.dense_layers, 0)
+        check.count("pages", self.pages, 1)
+        check.count("block", self.block, 1)
+        check.count("dense_layers", self.dense_layers, 0)
         check.one_of("group", self.group, tuple(score.REDUCTIONS))
 
-    def start(self, params, layer: int, kv: KV) -> Any:
+    def start(self, params, layer: int, kv: KV, h: int = 1) -> Any:
         if layer < self.dense_layers:
             return ()
         b, g, s, d = kv.k.shape
@@ -72,7 +72,9 @@ class Quest(Reader):
         b, g = jnp.indices(page.shape, sparse=True)
         return jax.tree.map(lambda old, x: old.at[b, g, page].set(x), state, new)
 
-    def read(self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos, kv: KV) -> tuple[Any, Any, KeyIndex | None]:
+    def read(
+        self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos, kv: KV, see: Sight
+    ) -> tuple[Any, Any, KeyIndex | None]:
         b, h, t, d = q.shape
         g, s = kv.pos.shape[1:]
         count = max(3, self.pages)
@@ -82,9 +84,18 @@ class Quest(Reader):
         bound = jnp.einsum("bgqd,bgpd->bgqp", jnp.maximum(query, 0), state.high.astype(jnp.float32))
         bound = bound + jnp.einsum("bgqd,bgpd->bgqp", jnp.minimum(query, 0), state.low.astype(jnp.float32))
         bound = score.to_kv_heads(bound.reshape(b, h, -1), g, self.group)
-        some = jnp.any(kv.pos.reshape(b, g, -1, self.block) >= 0, -1)
+        some = jnp.max(kv.pos.reshape(b, g, -1, self.block), -1) >= 0
         best, page = lax.top_k(jnp.where(some, select.finite(bound), -jnp.inf), count)
         return state, carry, KeyIndex(jnp.sort(jnp.where(best > -jnp.inf, page, -1), -1))
+
+    def traffic(self, layer: int, h: int, kv: KV, hit: bool = False) -> Traffic:
+        """Two bounds a page and all positions; each query head's bound of a page, 4 bytes, goes to memory and back twice."""
+        b, g, s, d = kv.k.shape
+        count = max(3, self.pages)
+        if layer < self.dense_layers or s <= count * self.block:
+            return Traffic(0, attended(kv, h))
+        choose = b * s // self.block * (2 * g * d * kv.k.dtype.itemsize + 16 * h) + 4 * b * g * s
+        return Traffic(choose, attended(kv, h, count * self.block))
 
 
 def bounds(k: Float[Array, "*P block d"], live: Bool[Array, "*P block"]) -> Pages:

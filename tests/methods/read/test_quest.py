@@ -13,7 +13,7 @@ small = lambda capacity: Quest(pages=-(-capacity // 2), block=2, dense_layers=1)
 def read(method, q, kv, layer=2):
     """The pages [b g count] that one query [b h 1 d] reads; None = all."""
     state = method.start({}, layer, kv)
-    index = method.read({}, layer, state, None, jnp.asarray(q), None, kv)[2]
+    index = method.read({}, layer, state, None, jnp.asarray(q), jnp.zeros((q.shape[0], q.shape[2]), jnp.int32), kv, toys.sight())[2]
     return None if index is None else np.asarray(index.index)
 
 

@@ -1,0 +1,68 @@
+"""Attention of a step to all slots of a cache or to some of them, for readers."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxtok.core.reader import Sight
+from jaxtok.core.reduce import gather
+from jaxtok.core.types import KV
+from jaxtok.ops.attention import attention
+
+
+def take(x: Array, slots: Int[Array, "b e m"]) -> Array:
+    """The rows [b e m ...] of the listed slots of x [b g s ...]; e = g, or h query heads that each list their own. -1 gives zeros."""
+    (b, g), (e, m) = x.shape[:2], slots.shape[1:]
+    if e % g:
+        raise ValueError(f"slots of {e} heads cannot name those of a cache of {g} KV heads")
+    return gather(x, slots.reshape(b, g, e // g * m)).reshape(b, e, m, *x.shape[3:])
+
+
+def take_kv(kv: KV, slots: Int[Array, "b e m"]) -> tuple[Array, Array, Array, Array]:
+    """(k, v, pos, bias) of the listed slots; pos is -1 at unused entries."""
+    return take(kv.k, slots), take(kv.v, slots), jnp.where(slots < 0, -1, take(kv.pos, slots)), take(kv.bias, slots)
+
+
+def attend_all(q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight) -> tuple[Array, Array]:
+    """(values, logsumexp) of attention to every slot."""
+    return _attend(q, kv.k, kv.v, pos, kv.pos, kv.bias, see)
+
+
+def attend_slots(q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, slots: Int[Array, "b e m"], see: Sight) -> tuple[Array, Array]:
+    """(values, logsumexp) of attention to the listed slots, each listed once; -1 = unused entry."""
+    k, v, k_pos, bias = take_kv(kv, slots)
+    return _attend(q, k, v, pos, k_pos, bias, see)
+
+
+def _attend(q, k, v, q_pos, k_pos, bias, see: Sight) -> tuple[Array, Array]:
+    rest: dict[str, Any] = dict(window=see.window, softcap=see.softcap, scale=see.scale, impl=see.impl)
+    return attention(q, k, v, q_pos=q_pos, k_pos=k_pos, bias=bias, **rest)
+
+
+def attend_scores(
+    q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight
+) -> tuple[Array, Float[Array, "b h t"], Float[Array, "b h t s"]]:
+    """`attend_all` for a few queries, with the logits f32 that it made: keys are read once. -inf where a query does not see a slot.
+
+    Stores t x s logits; for long t use attention and its evidence.
+    """
+    (b, h, t, d), (g, s) = q.shape, kv.pos.shape[1:]
+    logit = jnp.einsum("bgqtd,bgsd->bgqts", q.reshape(b, g, h // g, t, d), kv.k, preferred_element_type=jnp.float32)
+    logit = logit * (d**-0.5 if see.scale is None else see.scale)
+    if see.softcap is not None:
+        logit = see.softcap * jnp.tanh(logit / see.softcap)
+    at, of = pos[:, None, None, :, None], kv.pos[:, :, None, None]
+    seen = (at >= 0) & (of >= 0) & (of <= at)
+    if see.window is not None:
+        seen &= at - of < see.window
+    logit = jnp.where(seen, logit + kv.bias[:, :, None, None], -jnp.inf)
+    top = jnp.max(logit, -1, keepdims=True)
+    top = jnp.where(top > -jnp.inf, top, 0)
+    mass = jnp.exp(logit - top)
+    total = jnp.sum(mass, -1, keepdims=True)
+    some = total > 0
+    out = jnp.einsum("bgqts,bgsd->bgqtd", mass.astype(kv.v.dtype), kv.v, preferred_element_type=jnp.float32)
+    out = (out / jnp.where(some, total, 1)).astype(q.dtype)
+    lse = jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), -jnp.inf)
+    return out.reshape(b, h, t, -1), lse.reshape(b, h, t), logit.reshape(b, h, t, s)
