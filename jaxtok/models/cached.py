@@ -300,7 +300,6 @@ def _written(reader, own, reading, kv: KV, at, t: int, window: int | None, added
     last = kv.k.shape[2] - 1
     written = lambda r, reading: reader.update(own, reading, kv, jnp.broadcast_to(jnp.minimum(at + r, last), kv.pos.shape[:2]))
     reading = written(0, reading) if t == 1 else jax.lax.fori_loop(0, t, written, reading)
-    window = cfg.layer_window(i)
     if window is not None:  # what no query of this step can see is dead to the reader
         edge = kv.seen - added - window
         kv = kv._replace(pos=jnp.where(kv.pos > edge[:, None, None], kv.pos, -1))
