@@ -21,11 +21,6 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("key_rerotation-ada_kv", "dropped_equals_masked"): _MOVED,
     ("streaming_llm:compact", "dropped_equals_masked"): _MOVED,
     **{(name, "dropped_equals_masked"): "nothing is dropped, only left unread" for name in ("quest", "tidaldecode", "recycled", "tokenselect", "tokenselect:pages")},
-    ("merging", "dropped_equals_masked"): _FOLDED,
-    ("cam", "dropped_equals_masked"): _FOLDED,
-    ("cam-mean", "dropped_equals_masked"): _FOLDED,
-    ("think", "dropped_equals_masked"): _CHANNELS,
-    ("think-kvpress", "dropped_equals_masked"): _CHANNELS,
     ("random", "heads_are_interchangeable"): "draws by the head's index",
 }
 
