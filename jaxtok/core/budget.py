@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from jaxtok.core import check, select
 
+UNLIMITED = 2**31 - 1  # the capacity of a method that drops no slots
+
 
 def capacity(ratio: float | int, n: int) -> int:
     """Static capacity for a kept fraction `ratio` in (0, 1] of `n` rows."""

@@ -58,7 +58,9 @@ class CacheCompressor(Method):
     aligned: ClassVar[bool] = False  # all heads and layers keep the same tokens
     groups: ClassVar[int] = 1  # head groups that it tells apart; more than one goes with Recipe.heads
     rotates: ClassVar[bool] = False  # turns stored keys in `compress`, so its plan alone is not the method
+    edits: ClassVar[bool] = False  # changes the values that stay in `compress`, so its plan alone is not the method
     reads_rotated: ClassVar[bool] = False  # compares with rotated keys
+    shares: ClassVar[bool] = False  # a wrapper that decides how many of its base's best each head keeps, and nothing else
     capacity: int
 
     @property

@@ -108,6 +108,8 @@ class Recipe:
             raise ValueError("compact positions and a sliding window contradict each other: distances inside the cache are not the text's")
         if self.policy is not None and self.cache is not None and self.cache.rotates:
             raise ValueError(f"{self.cache.name} turns keys and {self.policy.name} takes a plan, which cannot say so; use one or the other")
+        if self.policy is not None and self.cache is not None and self.cache.edits:
+            raise ValueError(f"{self.cache.name} changes what stays and {self.policy.name} takes a plan, which cannot say so; use one or the other")
         if self.policy is not None and self.cache is not None and self.policy.aligned and not self.cache.aligned:
             raise ValueError(f"{self.policy.name} keeps one set for all heads, but {self.cache.name} leaves each head its own; use one or the other")
         if self.policy is not None and self.cache is not None and self.policy.capacity < self.cache.slots:

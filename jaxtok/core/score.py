@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import check
 
@@ -56,3 +56,45 @@ def moments(q: Float[Array, "b h n d"], counted: Bool[Array, "b n"]) -> tuple[Fl
     mean = jnp.sum(q, 2) / number
     centred = jnp.where(counted[:, None, :, None], jnp.clip(q - mean[:, :, None], -1e15, 1e15), 0.0)  # squares stay finite
     return mean, jnp.einsum("bhni,bhnj->bhij", centred, centred) / number[..., None]
+
+
+def output_norm(v: Float[Array, "b g n d"], o: Float[Array, "hd c"], power: int) -> Float[Array, "b h n"]:
+    """|v_j W_O|_power (1 or 2) of every query head, float32: how much a value can write into the residual stream.
+
+    `o` are the rows h * d of the output projection, query head i's (which reads KV head i // (h/g)) from row i * d on. One query head
+    of each group at a time: memory O(b g n c).
+    """
+    check.one_of("power", power, (1, 2))
+    (b, g, n, d), (rows, c) = v.shape, o.shape
+    if rows % (g * d):
+        raise ValueError(f"an output projection of {rows} rows does not belong to {g} KV heads of {d} channels")
+    by_head = jnp.swapaxes(o.astype(jnp.float32).reshape(g, -1, d, c), 0, 1)
+    v = v.astype(jnp.float32)
+
+    def one(w):
+        y = jnp.einsum("bgnd,gdc->bgnc", v, w)
+        return jnp.sum(jnp.abs(y), -1) if power == 1 else jnp.sqrt(jnp.sum(y * y, -1))
+
+    return jnp.moveaxis(lax.map(one, by_head), 0, 2).reshape(b, rows // d, n)
+
+
+def nearest(
+    x: Float[Array, "b g n d"], y: Float[Array, "b g m d"], there: Bool[Array, "b g m"], block: int = 256
+) -> tuple[Float[Array, "b g n"], Int[Array, "b g n"]]:
+    """(cosine similarity, index) of the row of y most like each row of x, float32; -inf where no row of y is `there`.
+
+    Ties: the first. Rows of zero length have similarity 0. `block` rows of x at a time: memory O(b g block m).
+    """
+    unit = lambda a: a / jnp.maximum(jnp.sqrt(jnp.sum(a * a, -1, keepdims=True)), 1e-6)
+    (b, g, n, d), size = x.shape, min(block, x.shape[2])
+    y = unit(jnp.where(there[..., None], y.astype(jnp.float32), 0.0))
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -n % size), (0, 0))).reshape(b, g, -1, size, d)
+
+    def one(rows):
+        like = jnp.einsum("bgnd,bgmd->bgnm", unit(rows.astype(jnp.float32)), y)
+        like = jnp.where(there[:, :, None], like, -jnp.inf)
+        return jnp.max(like, -1), jnp.argmax(like, -1).astype(jnp.int32)
+
+    joined = lambda a: jnp.moveaxis(a, 0, 2).reshape(b, g, -1)[..., :n]
+    like, index = lax.map(one, jnp.moveaxis(x, 2, 0))
+    return joined(like), joined(index)

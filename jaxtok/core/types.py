@@ -73,6 +73,14 @@ class Part(NamedTuple):
     reader: Any = ()
     frozen: Frozen | None = None
 
+    @property
+    def pos(self) -> jax.Array:
+        """i32 [b g s]: the orders of all slots that are read, the frozen ones first."""
+        if self.frozen is None:
+            return self.kv.pos
+        frozen = self.frozen.kv.pos
+        return jnp.concatenate([jnp.broadcast_to(frozen, (*self.kv.pos.shape[:2], frozen.shape[2])), self.kv.pos], 2)
+
 
 class Evidence(NamedTuple):
     """What a model tells a method. Each field is None unless a method's `Needs` asks for it; n = the rows or slots looked at.
@@ -86,6 +94,7 @@ class Evidence(NamedTuple):
     cls: jax.Array | None = None  # f32 [b h n] attention of the first row
     keys: jax.Array | None = None  # [b g n d] keys before the rotary embedding
     queries: tuple[jax.Array, jax.Array] | None = None  # f32 mean [b h d], covariance [b h d d], before the rotary embedding
+    turned: jax.Array | None = None  # [b h w d] the last w queries, after the rotary embedding; 0 where dead
     hidden: jax.Array | None = None  # [b n c] rows that enter the layer
     weights: dict[str, jax.Array] | None = None  # the layer's parameters that were asked for by name
     freqs: jax.Array | None = None  # f32 [rotary_dim / 2] angle per unit of rotary id; always given by a rotary model
@@ -102,6 +111,7 @@ class Needs(NamedTuple):
     cls: bool = False
     keys: bool = False
     queries: int | None = None  # moments over the live queries from this order on (None = not needed)
+    turned: int = 0  # how many last queries, after the rotary embedding
     hidden: bool = False
     weights: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()  # evidence of these 0-based layers instead of the one at hand
@@ -119,6 +129,7 @@ class Needs(NamedTuple):
             cls=self.cls or other.cls,
             keys=self.keys or other.keys,
             queries=other.queries if self.queries is None else self.queries,
+            turned=max(self.turned, other.turned),
             hidden=self.hidden or other.hidden,
             weights=tuple(dict.fromkeys(self.weights + other.weights)),
             layers=tuple(sorted({*self.layers, *other.layers})),

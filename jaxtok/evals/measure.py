@@ -275,7 +275,7 @@ def _prefill(cfg: Config, recipe: Recipe, new: int, params, rows: Rows, keep, ke
     tokens = decoder.embed(cfg, params, rows.ids, rows.live)
     room = new if rows.ask is None else 0
     tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=room, keep=keep, key=key)
-    pos = [part.kv.pos for parts in layers for part in parts]
+    pos = [part.pos for parts in layers for part in parts]
     heads = sum(p.shape[1] for p in pos)
     count = sum(jnp.sum(live_count(p), -1) for p in pos).astype(jnp.float32) / heads  # type: ignore[union-attr]
     b, n = rows.ids.shape

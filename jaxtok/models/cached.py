@@ -128,6 +128,9 @@ def observe(needs: Needs, q, k, lse, see: dict[str, Any], diagonal: int | None =
     if needs.rows:
         w = min(needs.rows, q.shape[2])
         out["rows"] = rows(q[:, :, -w:], k, lse[:, :, -w:], q_pos=see["q_pos"][:, -w:], **plain)
+    if needs.turned:
+        w = min(needs.turned, q.shape[2])
+        out["turned"] = jnp.where((see["q_pos"][:, -w:] >= 0)[:, None, :, None], q[:, :, -w:], jnp.zeros((), q.dtype))
     if needs.received:
         out["received"] = received(q, k, lse, diagonal=diagonal, **see)
     if needs.peak:
@@ -162,7 +165,7 @@ def settle(cfg: Config, params, i: int, found: list[tuple[KV, Evidence]], past: 
     if len(found) == 1 and len(sizes) > 1:
         (kv, evidence), old, edges = found[0], olds[0], [sum(sizes[:j]) for j in range(len(sizes) + 1)]
         cut = [(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-        found = [(_heads(kv, *at), _heads_of_evidence(evidence, *at, cfg.heads // cfg.kv_heads)) for at in cut]
+        found = [(_heads(kv, *at), _heads_of_evidence(evidence, *at, cfg.heads // cfg.kv_heads, cfg.kv_heads)) for at in cut]
         olds = [None if old is None else _heads_of_part(old, *at) for at in cut]
     return tuple(_settle_group(cfg, params, i, j, *each, old, recipe, new, keep) for j, (each, old) in enumerate(zip(found, olds, strict=True)))
 
@@ -175,13 +178,18 @@ def _heads_of_part(part: Part, a: int, b: int) -> Part:
     return Part(_heads(part.kv, a, b), Held(jax.tree.map(lambda x: x[:, a:b], part.policy.slots), part.policy.rest))
 
 
-def _heads_of_evidence(evidence: Evidence, a: int, b: int, group: int) -> Evidence:
-    """Evidence about KV heads a to b - 1; `hidden` and `weights` have no head axis and stay."""
+def _heads_of_evidence(evidence: Evidence, a: int, b: int, group: int, heads: int) -> Evidence:
+    """Evidence about KV heads a to b - 1. `hidden` has no head axis and stays; of `weights` the output projection has one, its rows."""
     per_query = lambda x: None if x is None else x[:, a * group : b * group]
+    weights = evidence.weights
+    if weights is not None and "o" in weights:
+        d = weights["o"].shape[0] // (group * heads)
+        weights = weights | {"o": weights["o"][a * group * d : b * group * d]}
     return evidence._replace(
-        **{name: per_query(getattr(evidence, name)) for name in ("rows", "received", "peak", "cls")},
+        **{name: per_query(getattr(evidence, name)) for name in ("rows", "received", "peak", "cls", "turned")},
         keys=None if evidence.keys is None else evidence.keys[:, a:b],
         queries=None if evidence.queries is None else tuple(map(per_query, evidence.queries)),
+        weights=weights,
     )
 
 

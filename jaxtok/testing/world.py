@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import reduce_kv
-from jaxtok.core.types import KV, Needs, Tokens
+from jaxtok.core.types import KV, Needs, Part, Tokens
 from jaxtok.models import blocks, cached, decoder
 from jaxtok.models.config import Config
 
@@ -50,14 +50,21 @@ def live_set(pos):
 
 
 def record(layers):
-    return jnp.stack([live_set(parts[0].kv.pos) for parts in layers])
+    return jnp.stack([live_set(parts[0].pos) for parts in layers])
+
+
+def seen_whole(part: Part) -> KV:
+    """A part's cache with the positions of all that is read, frozen slots included."""
+    old = part.frozen
+    bias = part.kv.bias if old is None else jnp.concatenate([old.kv.bias, part.kv.bias], 2)
+    return part.kv._replace(pos=part.pos, bias=bias)
 
 
 def run(recipe, params, tokens: Tokens, force, keep, key):
     """Prefill, then T forced steps -> everything that the laws look at."""
     tokens, layers = decoder.prefill(CFG, params, tokens, recipe, new=T, keep=keep, key=key)
     first = decoder.logits(CFG, params, tokens.x[:, -1:])[:, 0]
-    filled = [parts[0].kv for parts in layers]
+    filled = [seen_whole(parts[0]) for parts in layers]
 
     def one(layers, ids):
         x = blocks.embed(CFG, params, ids[:, None])
@@ -65,7 +72,7 @@ def run(recipe, params, tokens: Tokens, force, keep, key):
         return new, (decoder.logits(CFG, params, x)[:, 0], record(layers))
 
     layers, (logits, sets) = jax.lax.scan(one, layers, force.T)
-    return dict(first=first, logits=logits, sets=sets, filled=filled, final=[parts[0].kv for parts in layers])
+    return dict(first=first, logits=logits, sets=sets, filled=filled, final=[seen_whole(parts[0]) for parts in layers])
 
 
 @functools.cache
@@ -127,7 +134,7 @@ def usual(method):
 def near(a, b, tol, what):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert np.isfinite(a).all() and np.isfinite(b).all(), f"{what}: not finite"
-    worst = np.abs(a - b).max()
+    worst = np.abs(a - b).max(initial=0.0)
     assert worst <= tol, f"{what}: differs by {worst:.3g} > {tol:.3g}"
 
 
@@ -138,7 +145,7 @@ def near(a, b, tol, what):
 def layer_state(dtype="float32", n=N) -> tuple[KV, Any]:
     """A cache and all evidence about it, from the real first layer."""
     params, ids, _ = world(dtype)
-    needs = Needs(rows=n, received=True, cls=True, keys=True, queries=0, hidden=True, weights=("o",))
+    needs = Needs(rows=n, received=True, cls=True, keys=True, queries=0, turned=n, hidden=True, weights=("o",))
     look = lambda tokens, key: cached.attend_rows(CFG, params["layers"][0], 0, tokens, None, Recipe(), needs, False, key, "auto")[1][0]
     return jax.jit(look)(tokens_of(params, ids), jax.random.key(4))
 
@@ -149,7 +156,7 @@ def jitted(method) -> Any:
 
 
 def call(method, kv, evidence, keep: Any = CAP):
-    """What a method does to one layer's cache once: the plan's result, as (pos, k, v, bias)."""
+    """What a method does to one layer's cache once: the plan's result, as (pos, k, v, bias), and (pos, k, v, channels) of what it froze."""
     own = recipe_of(method).init_params(jax.random.key(3), CFG).get(method.site, {})
     method = method.layer(0, CFG.layers)
     if method.site == "policy":
@@ -157,7 +164,10 @@ def call(method, kv, evidence, keep: Any = CAP):
         plan = method.fit(own, state, kv, evidence, keep)
         kv = reduce_kv(plan, kv)
     else:
-        kv, _ = method.compress(own, kv, evidence, keep)
+        kv, evidence = method.compress(own, kv, evidence, keep)
+        kv, frozen = method.freeze(own, kv, evidence)
+        if frozen is not None:
+            return kv.pos, kv.k, kv.v, kv.bias, frozen.kv.pos, frozen.kv.k, frozen.kv.v, frozen.channels
     return kv.pos, kv.k, kv.v, kv.bias
 
 

@@ -69,3 +69,31 @@ def test_moments_of_the_counted_queries():
         np.testing.assert_allclose(cov[0, h], np.cov(rows.T, bias=True), rtol=1e-4, atol=1e-6)
     assert not np.any(mean[1]) and not np.any(cov[1])
     assert jax.eval_shape(score.moments, jnp.zeros((1, 2, 3, 4), jnp.bfloat16), jnp.ones((1, 3), bool))[1].dtype == jnp.float32
+
+
+def test_output_norm_meets_each_query_heads_own_rows():
+    rng = np.random.default_rng(6)
+    v, o = rng.normal(size=(2, 2, 5, 3)).astype(np.float32), rng.normal(size=(4, 3, 7)).astype(np.float32)
+    for power in (1, 2):
+        got = score.output_norm(jnp.asarray(v), jnp.asarray(o.reshape(12, 7)), power)
+        want = [[[np.linalg.norm(v[b, h // 2, j] @ o[h], power) for j in range(5)] for h in range(4)] for b in range(2)]
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    with pytest.raises(ValueError, match="12 rows does not belong to 5 KV heads of 3 channels"):
+        score.output_norm(jnp.ones((1, 5, 2, 3)), jnp.ones((12, 7)), 1)
+    with pytest.raises(ValueError, match="power must be one of 1, 2"):
+        score.output_norm(jnp.asarray(v), jnp.asarray(o.reshape(12, 7)), 3)
+
+
+def test_nearest_by_cosine_in_blocks():
+    rng = np.random.default_rng(7)
+    x, y = rng.normal(size=(2, 3, 11, 4)).astype(np.float32), rng.normal(size=(2, 3, 6, 4)).astype(np.float32)
+    there = rng.random((2, 3, 6)) < 0.6
+    there[0, 0], there[1, 1] = False, [False, False, True, False, False, False]
+    unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)
+    like = np.where(there[:, :, None], unit(x) @ np.swapaxes(unit(y), -1, -2), -np.inf)
+    for block in (4, 256):
+        value, index = score.nearest(jnp.asarray(x), jnp.asarray(y), jnp.asarray(there), block)
+        np.testing.assert_allclose(value, like.max(-1), rtol=1e-5)
+        np.testing.assert_array_equal(np.asarray(index)[1], like.argmax(-1)[1])
+    value, _ = score.nearest(jnp.zeros((1, 1, 2, 4)), jnp.ones((1, 1, 3, 4)), jnp.ones((1, 1, 3), bool))
+    assert value.tolist() == [[[0, 0]]]

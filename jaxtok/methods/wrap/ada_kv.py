@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from fractions import Fraction
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,8 @@ class AdaKV(CacheCompressor):
 
     Needs a base that scores (`CacheScorer`); wrap `PerLayer` or `KeyRerotation` around this, not inside.
     """
+
+    shares: ClassVar[bool] = True
 
     base: CacheScorer
     alpha: float = 0.2

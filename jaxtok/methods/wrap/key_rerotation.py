@@ -10,7 +10,7 @@ from jaxtok.core.protocols import CacheCompressor
 from jaxtok.core.reduce import ranks
 from jaxtok.core.registry import register
 from jaxtok.core.rotary import turn
-from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
+from jaxtok.core.types import KV, Evidence, Frozen, Needs, Plan, live_count
 
 
 @register(
@@ -50,6 +50,10 @@ class KeyRerotation(CacheCompressor):
         return self.base.slots
 
     @property
+    def edits(self) -> bool:  # type: ignore[override]
+        return self.base.edits
+
+    @property
     def needs(self) -> Needs:
         return self.base.needs | Needs(keys=True)
 
@@ -80,3 +84,6 @@ class KeyRerotation(CacheCompressor):
         ids = jnp.where(kv.pos >= 0, ranks(kv.pos) + (end[:, None] - live)[..., None], 0)
         k = turn(evidence.keys, ids, evidence.freqs).astype(kv.k.dtype)  # type: ignore[arg-type]
         return kv._replace(k=k, delta=end - kv.seen), evidence
+
+    def freeze(self, params, kv: KV, evidence: Evidence) -> tuple[KV, Frozen | None]:
+        return self.base.freeze(params, kv, evidence)

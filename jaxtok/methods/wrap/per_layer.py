@@ -73,6 +73,10 @@ class PerLayer(CacheCompressor):
         return self.base.reads_rotated
 
     @property
+    def edits(self) -> bool:  # type: ignore[override]
+        return self.base.edits
+
+    @property
     def rotates(self) -> bool:  # type: ignore[override]
         return self.base.rotates
 

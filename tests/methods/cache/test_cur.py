@@ -7,6 +7,7 @@ from jaxtok.core.types import Evidence
 from jaxtok.methods import CUR
 from tests.methods import toys
 
+NOTHING = Evidence()
 small = lambda capacity: CUR(capacity=capacity, sinks=1, local=3)
 
 
@@ -48,7 +49,7 @@ def test_equals_numpy(local, kind):
 def test_a_projection_keeps_lengths_on_average():
     """|x G|^2 / |x|^2 has mean 1 and spread sqrt(2 / rank); another seed, another draw; the model's key decides where there is one."""
     _, kv = toys.problem(3)
-    run = lambda seen=Evidence(), **options: np.asarray(toys.scorer(CUR(capacity=9, sinks=0, local=None, kind="key", **options))(kv, seen))[
+    run = lambda seen=NOTHING, **options: np.asarray(toys.scorer(CUR(capacity=9, sinks=0, local=None, kind="key", **options))(kv, seen))[
         0, 0
     ]
     exact, drawn = run(), run(rank=4000)

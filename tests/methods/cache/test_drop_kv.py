@@ -10,23 +10,26 @@ from tests.methods import toys
 small = lambda capacity: DropKV(capacity=capacity, window=2)
 
 
+def attend(keys, q, k, v):
+    z = k[keys] @ q / len(q) ** 0.5
+    p = np.exp(z - z.max())
+    return (p / p.sum()) @ v[keys]
+
+
 def left_out(q, kv, window):
     """sum over the window's queries and the group of |attention without key j - attention|^2, by attending again without each key."""
     q, k, v, pos = (np.asarray(x, np.float64) for x in (q, kv.k, kv.v, kv.pos))
-    (b, h, n, d), g = q.shape, k.shape[1]
+    (b, h, n, _), g = q.shape, k.shape[1]
     out = np.zeros((b, g, n))
     for i, e, head in ((i, head // (h // g), head) for i in range(b) for head in range(h)):
         for t in range(n - window, n):
             see = [j for j in range(n) if 0 <= pos[i, e, j] <= pos[i, e, t]]
 
-            def attend(keys):
-                z = k[i, e, keys] @ q[i, head, t] / d**0.5
-                p = np.exp(z - z.max())
-                return (p / p.sum()) @ v[i, e, keys]
-
+            whole = attend(see, q[i, head, t], k[i, e], v[i, e])
             for j in see:
                 if len(see) > 1:
-                    out[i, e, j] += np.sum((attend([x for x in see if x != j]) - attend(see)) ** 2)
+                    rest = [x for x in see if x != j]
+                    out[i, e, j] += np.sum((attend(rest, q[i, head, t], k[i, e], v[i, e]) - whole) ** 2)
     return out
 
 
