@@ -1,0 +1,80 @@
+"""Every script that trains compiles its step once a batch shape, counted by running the script itself at a tiny size."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import sys
+
+import jax
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
+
+
+def script(name, monkeypatch):
+    """The module of an experiment, not run."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_script_that_trains_is_counted_here():
+    """A new one needs its own test below."""
+    trains = {p.stem for p in FOLDER.glob("*.py") if re.search(r"\boptax\b|jaxtok\.train", p.read_text())}
+    assert trains == {"train_embedded", "linen_example"}
+
+
+def test_the_embedded_model(tmp_path, monkeypatch):
+    """Three phases of stages in two batch shapes that come back: two traces of the loss, whatever the checkpoints and stages do."""
+    m = script("train_embedded", monkeypatch)
+    stage = m.Stage(steps=52, length=128, batch=2, pairs=(2, 4), kinds=(0.4, 0.3, 0.3))
+    long = dataclasses.replace(stage, length=160, batch=1)
+    for name, phase in (
+        ("CURRICULUM", (stage, long)),
+        ("FINISH", (dataclasses.replace(stage, steps=3), long)),
+        ("LAST", (dataclasses.replace(long, steps=2),)),
+    ):
+        monkeypatch.setattr(m, name, phase)
+    monkeypatch.setattr(m, "BIG", dataclasses.replace(m.BIG, width=16, head_dim=4, hidden=16, layers=2))
+    text = "".join(np.random.default_rng(0).choice(list("etaoin shrdlu\n"), 5000))
+    monkeypatch.setattr(m, "books", lambda: (text, text, text))
+    monkeypatch.setattr(m, "evaluate", lambda *_: {})
+    traces, shapes, make, batch_of = [], set(), m.make_loss, m.batch_of
+
+    def counted(cfg):
+        loss = make(cfg)
+
+        def loss_fn(params, batch, key):
+            traces.append(batch["ids"].shape)
+            return loss(params, batch, key)
+
+        return loss_fn
+
+    def seen(*args):
+        batch = batch_of(*args)
+        shapes.add(batch["ids"].shape)
+        return batch
+
+    monkeypatch.setattr(m, "make_loss", counted)
+    monkeypatch.setattr(m, "batch_of", seen)
+    m.train(m.Args(out=tmp_path / "results", models=tmp_path / "models"))
+    assert (tmp_path / "models" / "embedded" / "model.safetensors").is_file()
+    assert shapes == {(2, 129), (1, 161)} and sorted(traces) == sorted(shapes), "the step was compiled again for a shape it had seen"
+
+
+def test_the_linen_example(monkeypatch):
+    m = script("linen_example", monkeypatch)
+    state = m.TrainState.create(
+        apply_fn=m.Decoder(cfg := m.Config(vocab=8, width=8, layers=1, heads=2, kv_heads=1, head_dim=4, hidden=8)).apply,
+        params={"decoder": m.blocks.init(cfg, jax.random.key(0))},
+        tx=m.optax.sgd(0.1),
+    )
+    ids = jax.random.randint(jax.random.key(1), (2, 6), 0, cfg.vocab)
+    loss, traces = m.loss_fn, []
+    monkeypatch.setattr(m, "loss_fn", lambda *a: traces.append(1) or loss(*a))
+    for _ in range(3):
+        state, _ = m.train_step(state, ids)
+    assert len(traces) == 1 and int(state.step) == 3
