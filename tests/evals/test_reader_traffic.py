@@ -14,7 +14,7 @@ import pytest
 from jaxtok.core.reader import Sight
 from jaxtok.core.types import KV
 from jaxtok.evals import cost
-from jaxtok.methods import Quest, RecycledAttention, TidalDecode, TokenSelect
+from jaxtok.methods import ActQKV, Quest, RecycledAttention, TidalDecode, TokenSelect
 from jaxtok.ops.cache import block_slots
 from jaxtok.ops.read import attend_all, attend_slots
 
@@ -88,6 +88,7 @@ def step(method, h: int, g: int, layer: int = LAYER, hit: bool = False) -> dict[
 N_TOKENSELECT = dict(n_init=128, n_local=256, top_k=BUDGET - 384)
 METHODS = {
     "quest": (Quest(pages=BUDGET // 16), False, 0.15),
+    "actqkv": (ActQKV(budget=BUDGET, n_init=128, n_local=256), False, 0.15),
     "recycled": (RecycledAttention(top_k=BUDGET, stride=50), True, 0.15),
     "tokenselect hit": (TokenSelect(**N_TOKENSELECT), True, 0.15),
     "tokenselect miss": (TokenSelect(**N_TOKENSELECT), False, 0.60),
