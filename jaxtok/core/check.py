@@ -14,9 +14,9 @@ def count(name: str, value, low: int = 1, high: int = 2**31 - 1) -> None:
     """TypeError unless `value` is an int, ValueError unless it is from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number (int), got {value!r}")
-    if value < low:
+    if int(value) < low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
-    if value > high:
+    if int(value) > high:
         raise ValueError(f"{name} must be <= {high}, got {value}")
 
 

@@ -5,14 +5,14 @@ import math
 from fractions import Fraction
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import budget, check, select
 from jaxtok.core.protocols import CacheCompressor, CacheScorer
 from jaxtok.core.registry import register
-from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
+from jaxtok.core.types import KV, Evidence, Plan, live_count
+from jaxtok.core.wrap import Wrapper
 
 
 @register(
@@ -23,7 +23,7 @@ from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
     authors="Yuan Feng and Junlin Lv and Yukun Cao and Xike Xie and S. Kevin Zhou",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaKV(CacheCompressor):
+class AdaKV(Wrapper):
     """Spread the slots that `base` would keep over the KV heads of a layer by one joint ranking of its scores.
 
     With c = the slots that `base` leaves to unprotected tokens in each head and g heads: a_h = how many of the layer's g*c highest
@@ -48,6 +48,8 @@ class AdaKV(CacheCompressor):
 
     shares: ClassVar[bool] = True
 
+    takes = CacheScorer
+
     base: CacheScorer
     alpha: float = 0.2
     slack: float = 1.5
@@ -56,8 +58,7 @@ class AdaKV(CacheCompressor):
     variant: str = "paper"
 
     def __post_init__(self):
-        if not isinstance(self.base, CacheScorer):
-            raise TypeError(f"ada_kv needs the scores of its base, a CacheScorer; got {self.base!r}. Put other wrappers around ada_kv")
+        self.check_base()
         check.between("alpha", self.alpha, 0.0, 1.0)
         check.between("slack", self.slack, 1.0, 1e6)
         check.at_least("skip", self.skip, 0)
@@ -75,23 +76,6 @@ class AdaKV(CacheCompressor):
     def _room(self, slots: int) -> int:
         """Static slots of each head where `base` has `slots`; heads of equal budgets need no slack."""
         return slots if self.alpha == 1 else math.ceil(Fraction(str(self.slack)) * slots)
-
-    @property
-    def reads_rotated(self) -> bool:  # type: ignore[override]
-        return self.base.reads_rotated
-
-    @property
-    def needs(self) -> Needs:
-        return self.base.needs
-
-    def init_params(self, key: jax.Array, cfg):
-        return self.base.init_params(key, cfg)
-
-    def resize(self, capacity: int) -> "AdaKV":
-        return dataclasses.replace(self, base=self.base.resize(capacity))
-
-    def whole(self, n: int) -> bool:
-        return self.base.whole(n)
 
     def layer(self, i: int, layers: int) -> CacheCompressor:
         base = self.base.layer(i, layers)

@@ -13,6 +13,7 @@ from jaxtok.core.reduce import gather, move, ranks, reduce_kv
 from jaxtok.core.registry import register
 from jaxtok.core.score import to_kv_heads
 from jaxtok.core.types import KV, Evidence, Needs, Plan
+from jaxtok.core.wrap import Wrapper
 
 
 @register(
@@ -24,7 +25,7 @@ from jaxtok.core.types import KV, Evidence, Needs, Plan
     year=2024,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CaM(CacheCompressor):
+class CaM(Wrapper):
     """Keep what `base` keeps, and add the value of each token that goes, in equal parts, to the kept tokens behind it.
 
         targets of j: the first `window` kept tokens newer than j (fewer near the end: m_j of them)
@@ -46,43 +47,14 @@ class CaM(CacheCompressor):
     seed: int = 0
 
     def __post_init__(self):
-        if not isinstance(self.base, CacheCompressor):
-            raise TypeError(f"cam needs a CacheCompressor as its base, got {self.base!r}")
+        self.check_base()
         if self.base.edits or self.base.rotates:
             raise ValueError(f"{self.base.name} changes what it keeps; put cam inside, around the scorer")
         check.count("window", self.window)
 
     @property
-    def capacity(self) -> int:  # type: ignore[override]
-        return self.base.capacity
-
-    @property
-    def slots(self) -> int:
-        return self.base.slots
-
-    @property
-    def reads_rotated(self) -> bool:  # type: ignore[override]
-        return self.base.reads_rotated
-
-    @property
     def needs(self) -> Needs:
         return self.base.needs | Needs(received=True)
-
-    def init_params(self, key: jax.Array, cfg):
-        return self.base.init_params(key, cfg)
-
-    def resize(self, capacity: int) -> "CaM":
-        return dataclasses.replace(self, base=self.base.resize(capacity))
-
-    def whole(self, n: int) -> bool:
-        return self.base.whole(n)
-
-    def layer(self, i: int, layers: int) -> CacheCompressor:
-        return dataclasses.replace(self, base=self.base.layer(i, layers))
-
-    def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
-        """Which slots stay; that their values change only `compress` can say."""
-        return self.base.plan(params, kv, evidence, keep)
 
     def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
         if keep is None and self.whole(kv.pos.shape[-1]):

@@ -8,10 +8,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxtok.core import budget, check, segments, select
-from jaxtok.core.protocols import CacheCompressor, CacheScorer
+from jaxtok.core.protocols import CacheScorer
 from jaxtok.core.reduce import gather, move, ranks, reduce_kv, segment_sum
 from jaxtok.core.registry import register
-from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
+from jaxtok.core.types import KV, Evidence, Plan, live_count
+from jaxtok.core.wrap import Wrapper
 
 
 @register(
@@ -23,7 +24,7 @@ from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
     year=2024,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chunked(CacheCompressor):
+class Chunked(Wrapper):
     """Compress each run of `chunk` live tokens by itself, all to the same ratio.
 
     Per head, with live tokens numbered 0, 1, ... by order: token j is in chunk j // chunk (the last one may be short). `base` scores a
@@ -36,43 +37,16 @@ class Chunked(CacheCompressor):
     lets the window of each chunk be protected. Not ChunkKV, which keeps or drops chunks as a whole.
     """
 
+    takes = CacheScorer
+
     base: CacheScorer
     chunk: int = 1024
 
     def __post_init__(self):
-        if not isinstance(self.base, CacheScorer):
-            raise TypeError(f"chunked needs the scores of its base, a CacheScorer; got {self.base!r}. Put other wrappers around chunked")
+        self.check_base()
         check.count("chunk", self.chunk, 1)
         if self.base.needs.hidden:
             raise ValueError(f"{self.base.name} reads hidden rows, which are not kept per head; chunked cannot cut them")
-
-    @property
-    def capacity(self) -> int:  # type: ignore[override]
-        return self.base.capacity
-
-    @property
-    def slots(self) -> int:
-        return self.base.slots
-
-    @property
-    def reads_rotated(self) -> bool:  # type: ignore[override]
-        return self.base.reads_rotated
-
-    @property
-    def needs(self) -> Needs:
-        return self.base.needs
-
-    def init_params(self, key: jax.Array, cfg):
-        return self.base.init_params(key, cfg)
-
-    def resize(self, capacity: int) -> "Chunked":
-        return dataclasses.replace(self, base=self.base.resize(capacity))
-
-    def whole(self, n: int) -> bool:
-        return self.base.whole(n)
-
-    def layer(self, i: int, layers: int) -> CacheCompressor:
-        return dataclasses.replace(self, base=self.base.layer(i, layers))
 
     def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
         n = kv.pos.shape[-1]

@@ -3,15 +3,15 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtok.core import check, segments, select
-from jaxtok.core.protocols import CacheCompressor, CacheScorer
+from jaxtok.core.protocols import CacheScorer
 from jaxtok.core.reduce import gather, ranks, segment_sum
 from jaxtok.core.registry import register
-from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
+from jaxtok.core.types import KV, Evidence, Plan, live_count
+from jaxtok.core.wrap import Wrapper
 
 
 @register(
@@ -22,7 +22,7 @@ from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
     authors="Xiang Liu and Zhenheng Tang and Peijie Dong and Zeyu Li and Yue Liu and Bo Li and Xuming Hu and Xiaowen Chu",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChunkKV(CacheCompressor):
+class ChunkKV(Wrapper):
     """Keep or drop chunks of `chunk` consecutive tokens as a whole, the same ones for all KV heads.
 
         S_j = sum over the g KV heads of base score_j,      S_chunk = mean of S_j over the chunk's tokens
@@ -41,19 +41,16 @@ class ChunkKV(CacheCompressor):
 
     aligned: ClassVar[bool] = True
 
+    takes = CacheScorer
+
     base: CacheScorer
     chunk: int = 20
     variant: str = "paper"
 
     def __post_init__(self):
-        if not isinstance(self.base, CacheScorer):
-            raise TypeError(f"chunkkv needs the scores of its base, a CacheScorer; got {self.base!r}. Put other wrappers around chunkkv")
+        self.check_base()
         check.count("chunk", self.chunk, 1)
         check.one_of("variant", self.variant, ("paper", "kvpress"))
-
-    @property
-    def capacity(self) -> int:  # type: ignore[override]
-        return self.base.capacity
 
     @property
     def slots(self) -> int:
@@ -63,26 +60,6 @@ class ChunkKV(CacheCompressor):
     def _spill(self) -> int:
         """Slots beyond the budget that whole chunks may take."""
         return self.chunk - 1 if self.variant == "kvpress" else 0
-
-    @property
-    def reads_rotated(self) -> bool:  # type: ignore[override]
-        return self.base.reads_rotated
-
-    @property
-    def needs(self) -> Needs:
-        return self.base.needs
-
-    def init_params(self, key: jax.Array, cfg):
-        return self.base.init_params(key, cfg)
-
-    def resize(self, capacity: int) -> "ChunkKV":
-        return dataclasses.replace(self, base=self.base.resize(capacity))
-
-    def whole(self, n: int) -> bool:
-        return self.base.whole(n)
-
-    def layer(self, i: int, layers: int) -> CacheCompressor:
-        return dataclasses.replace(self, base=self.base.layer(i, layers))
 
     def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
         n = kv.pos.shape[-1]

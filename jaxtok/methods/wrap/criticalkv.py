@@ -11,6 +11,7 @@ from jaxtok.core.protocols import CacheCompressor, CacheScorer
 from jaxtok.core.registry import register
 from jaxtok.core.score import output_norm, to_kv_heads
 from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
+from jaxtok.core.wrap import Wrapper
 
 
 @register(
@@ -21,7 +22,7 @@ from jaxtok.core.types import KV, Evidence, Needs, Plan, live_count
     authors="Yuan Feng and Junlin Lv and Yukun Cao and Xike Xie and S Kevin Zhou",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CriticalKV(CacheCompressor):
+class CriticalKV(Wrapper):
     """Spend half of `base`'s budget on its best scores, the rest on those that weigh most in the output.
 
         stage 1: the floor(first * K) best by s_j, at least one (unless first = 0); protected tokens are among them
@@ -57,32 +58,8 @@ class CriticalKV(CacheCompressor):
         return self.base if isinstance(self.base, CacheScorer) else self.base.base  # type: ignore[attr-defined]
 
     @property
-    def capacity(self) -> int:  # type: ignore[override]
-        return self.base.capacity
-
-    @property
-    def slots(self) -> int:
-        return self.base.slots
-
-    @property
-    def reads_rotated(self) -> bool:  # type: ignore[override]
-        return self.base.reads_rotated
-
-    @property
     def needs(self) -> Needs:
         return self.base.needs | Needs(weights=("o",))
-
-    def init_params(self, key: jax.Array, cfg):
-        return self.base.init_params(key, cfg)
-
-    def resize(self, capacity: int) -> "CriticalKV":
-        return dataclasses.replace(self, base=self.base.resize(capacity))
-
-    def whole(self, n: int) -> bool:
-        return self.base.whole(n)
-
-    def layer(self, i: int, layers: int) -> CacheCompressor:
-        return dataclasses.replace(self, base=self.base.layer(i, layers))
 
     def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
         o = check.given("weights", evidence.weights)["o"]

@@ -3,14 +3,14 @@
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from jaxtok.core.protocols import CacheCompressor
 from jaxtok.core.reduce import ranks
 from jaxtok.core.registry import register
 from jaxtok.core.rotary import turn
-from jaxtok.core.types import KV, Evidence, Frozen, Needs, Plan, live_count
+from jaxtok.core.types import KV, Evidence, Needs, live_count
+from jaxtok.core.wrap import Wrapper
 
 
 @register(
@@ -21,7 +21,7 @@ from jaxtok.core.types import KV, Evidence, Frozen, Needs, Plan, live_count
     authors="Giulio Corallo and Paolo Papotti",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeyRerotation(CacheCompressor):
+class KeyRerotation(Wrapper):
     """Compress by `base`, then rotate the keys that stay to compact positions: k_j = R(id_j) k_j^unrotated.
 
     id_j = C - (live keys of the head) + (how many of them are older than j), with C = the largest number of live keys of a row's
@@ -38,40 +38,11 @@ class KeyRerotation(CacheCompressor):
     base: CacheCompressor
 
     def __post_init__(self):
-        if not isinstance(self.base, CacheCompressor):
-            raise TypeError(f"key_rerotation needs a CacheCompressor as its base, got {self.base!r}")
-
-    @property
-    def capacity(self) -> int:  # type: ignore[override]
-        return self.base.capacity
-
-    @property
-    def slots(self) -> int:
-        return self.base.slots
-
-    @property
-    def edits(self) -> bool:  # type: ignore[override]
-        return self.base.edits
+        self.check_base()
 
     @property
     def needs(self) -> Needs:
         return self.base.needs | Needs(keys=True)
-
-    def init_params(self, key: jax.Array, cfg):
-        return self.base.init_params(key, cfg)
-
-    def resize(self, capacity: int) -> "KeyRerotation":
-        return dataclasses.replace(self, base=self.base.resize(capacity))
-
-    def whole(self, n: int) -> bool:
-        return self.base.whole(n)
-
-    def layer(self, i: int, layers: int) -> CacheCompressor:
-        return dataclasses.replace(self, base=self.base.layer(i, layers))
-
-    def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
-        """Which slots stay; that they are turned only `compress` can say."""
-        return self.base.plan(params, kv, evidence, keep)
 
     def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
         if evidence.keys is None or evidence.freqs is None:
@@ -84,6 +55,3 @@ class KeyRerotation(CacheCompressor):
         ids = jnp.where(kv.pos >= 0, ranks(kv.pos) + (end[:, None] - live)[..., None], 0)
         k = turn(evidence.keys, ids, evidence.freqs).astype(kv.k.dtype)  # type: ignore[arg-type]
         return kv._replace(k=k, delta=end - kv.seen), evidence
-
-    def freeze(self, params, kv: KV, evidence: Evidence) -> tuple[KV, Frozen | None]:
-        return self.base.freeze(params, kv, evidence)

@@ -4,7 +4,6 @@ import dataclasses
 from fractions import Fraction
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -13,7 +12,8 @@ from jaxtok.core.protocols import CacheCompressor
 from jaxtok.core.reduce import gather, move, reduce_kv, segment_sum
 from jaxtok.core.registry import register
 from jaxtok.core.score import nearest
-from jaxtok.core.types import KV, Evidence, Needs, Plan
+from jaxtok.core.types import KV, Evidence, Plan
+from jaxtok.core.wrap import Wrapper
 
 
 @register(
@@ -25,7 +25,7 @@ from jaxtok.core.types import KV, Evidence, Needs, Plan
     year=2026,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Merging(CacheCompressor):
+class Merging(Wrapper):
     """Keep what `base` keeps, and fold the value of each token that goes into the kept token of the most similar key.
 
         t(j) = argmax over kept i of cos(k_j, k_i),    w_j = max(cos, 0) |v_j| / (|v_j| + |v_t(j)| + 1e-6)
@@ -46,44 +46,11 @@ class Merging(CacheCompressor):
     fraction: float = 1.0
 
     def __post_init__(self):
-        if not isinstance(self.base, CacheCompressor):
-            raise TypeError(f"merging needs a CacheCompressor as its base, got {self.base!r}")
+        self.check_base()
         if self.base.edits or self.base.rotates:
             raise ValueError(f"{self.base.name} changes what it keeps; put merging inside, around the scorer")
         check.between("threshold", self.threshold, -1.0, 1.0)
         check.share("fraction", self.fraction)
-
-    @property
-    def capacity(self) -> int:  # type: ignore[override]
-        return self.base.capacity
-
-    @property
-    def slots(self) -> int:
-        return self.base.slots
-
-    @property
-    def reads_rotated(self) -> bool:  # type: ignore[override]
-        return self.base.reads_rotated
-
-    @property
-    def needs(self) -> Needs:
-        return self.base.needs
-
-    def init_params(self, key: jax.Array, cfg):
-        return self.base.init_params(key, cfg)
-
-    def resize(self, capacity: int) -> "Merging":
-        return dataclasses.replace(self, base=self.base.resize(capacity))
-
-    def whole(self, n: int) -> bool:
-        return self.base.whole(n)
-
-    def layer(self, i: int, layers: int) -> CacheCompressor:
-        return dataclasses.replace(self, base=self.base.layer(i, layers))
-
-    def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
-        """Which slots stay; that their values change only `compress` can say."""
-        return self.base.plan(params, kv, evidence, keep)
 
     def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
         if keep is None and self.whole(kv.pos.shape[-1]):

@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import jax
-
 from jaxtok.core import budget, check
 from jaxtok.core.protocols import CacheCompressor
 from jaxtok.core.registry import register
-from jaxtok.core.types import KV, Evidence, Needs, Plan
+from jaxtok.core.types import KV, Evidence, Plan
+from jaxtok.core.wrap import Wrapper
 
 
 @register(
@@ -19,7 +18,7 @@ from jaxtok.core.types import KV, Evidence, Needs, Plan
     year=2024,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PerLayer(CacheCompressor):
+class PerLayer(Wrapper):
     """Layer i keeps `capacities[i]` slots a head by `base`, instead of `base`'s own capacity.
 
     Either `capacities`, or `weights`: then layer i gets weights[i] / sum(weights) of layers * base.capacity, rounded by largest
@@ -37,8 +36,7 @@ class PerLayer(CacheCompressor):
     most: int | None = None
 
     def __post_init__(self):
-        if not isinstance(self.base, CacheCompressor):
-            raise TypeError(f"per_layer needs a CacheCompressor as its base, got {self.base!r}")
+        self.check_base()
         if bool(self.capacities) == bool(self.weights):
             raise ValueError(
                 f"per_layer takes either capacities or weights, one number a layer; got capacities={self.capacities}, weights={self.weights}"
@@ -63,25 +61,6 @@ class PerLayer(CacheCompressor):
     def slots(self) -> int:
         """Of the largest layer."""
         return self.base.resize(max(self.table)).slots
-
-    @property
-    def needs(self) -> Needs:
-        return self.base.needs
-
-    @property
-    def reads_rotated(self) -> bool:  # type: ignore[override]
-        return self.base.reads_rotated
-
-    @property
-    def edits(self) -> bool:  # type: ignore[override]
-        return self.base.edits
-
-    @property
-    def rotates(self) -> bool:  # type: ignore[override]
-        return self.base.rotates
-
-    def init_params(self, key: jax.Array, cfg):
-        return self.base.init_params(key, cfg)
 
     def resize(self, capacity: int) -> CacheCompressor:
         """A layer's instance has its capacity; the table as a whole cannot be resized."""
