@@ -63,6 +63,11 @@ class _Reader:
         return float(self.get(key, (int, float), 1e-30))
 
 
+def is_id(value: Any) -> bool:
+    """Whether a value of somebody's JSON can be a token id."""
+    return type(value) is int and 0 <= value < 2**31
+
+
 def _rope(p: dict[str, Any], context: int) -> RopeScaling | None:
     """Scaling of one rope dict, in the spelling of transformers 4 (rope_scaling) or 5 (rope_parameters)."""
     kind = p.get("rope_type", p.get("type", "default"))
@@ -74,6 +79,8 @@ def _rope(p: dict[str, Any], context: int) -> RopeScaling | None:
     if kind == "linear":
         return RopeScaling(kind=kind, factor=r.number("factor"))
     low, high = r.number("low_freq_factor"), r.number("high_freq_factor")
+    if not low < high:
+        raise ValueError(f"config.json: low_freq_factor={low} must be under high_freq_factor={high}")
     return RopeScaling(
         kind=kind,
         factor=r.number("factor"),
@@ -157,8 +164,8 @@ def config_from_hf(raw: dict[str, Any]) -> Config:
     local, window = _layer_types(raw, family, layers, r)
     eos = r.get("eos_token_id", (int, list, type(None)))
     eos = [] if eos is None else [eos] if isinstance(eos, int) else eos
-    if not all(type(i) is int for i in eos):
-        raise ValueError(f"config.json: eos_token_id={eos!r} should be a list of int")
+    if not all(is_id(i) for i in eos):
+        raise ValueError(f"config.json: eos_token_id={eos!r} should be a list of int, each an id from 0 on")
     softcap = lambda key: r.number(key) if gemma and r.get(key, (int, float, type(None))) else None
     return Config(
         family=family, vocab=r.size("vocab_size"), width=width, layers=layers, heads=heads,
@@ -168,7 +175,7 @@ def config_from_hf(raw: dict[str, Any]) -> Config:
         softcap=softcap("attn_logit_softcapping"), logit_softcap=softcap("final_logit_softcapping"), qk_norm=family in ("qwen3", "gemma3_text"),
         qkv_bias=family == "qwen2", sandwich=gemma, scale=r.number("query_pre_attn_scalar") ** -0.5 if gemma else None,
         embed_scale=width**0.5 if gemma else 1.0, tied=r.get("tie_word_embeddings", (bool,)),
-        bos=r.get("bos_token_id", (int, type(None))), eos=tuple(eos),
+        bos=r.get("bos_token_id", (int, type(None)), 0), eos=tuple(eos),
     )  # fmt: skip
 
 

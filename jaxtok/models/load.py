@@ -28,6 +28,7 @@ _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 _CHAT_FILES = ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"]
 _HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", *_CHAT_FILES]
 _SHARD_BYTES = 4 * 2**30
+MOST_NAMES = 20  # tensors that one error lists
 
 
 def load(
@@ -169,7 +170,7 @@ def _load_hf(folder: pathlib.Path, dtype: Any, place: Any, progress: Progress | 
     if generation.is_file():  # chat models list their end-of-turn ids here only
         eos = _json(generation).get("eos_token_id")
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if ids and all(type(i) is int for i in ids):
+        if ids and all(hf.is_id(i) for i in ids):
             cfg = dataclasses.replace(cfg, eos=tuple(ids))
     table = hf.table(cfg)
     params: Params = {"layers": tuple({} for _ in range(cfg.layers))}
@@ -208,7 +209,8 @@ def _check(folder: pathlib.Path, cfg: Config, table: Any, home: dict[str, Any]) 
             wrong.append(f"{name} is {kind} {list(got)}, should be {'/'.join(_FLOATS)} {list(want)}")
     missing = [name for name in table if name not in home]
     extra = sorted(name for name in home if name not in table and not hf.ignorable(name, cfg))
-    said = [f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("unexpected", extra), ("misshaped", wrong)) if names]
+    some = lambda names: ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    said = [f"{what}: {some(names)}" for what, names in (("missing", missing), ("unexpected", extra), ("misshaped", wrong)) if names]
     if said:
         raise ValueError(f"{folder}: the tensors do not fit a {cfg.family} model of its config.json; {'; '.join(said)}")
 
