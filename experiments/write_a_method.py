@@ -12,13 +12,11 @@ The question is not seen when the cache is compressed, so a method must guess wh
 """
 
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import tyro
 
-import jaxtok as jt
 from jaxtok.cli.common import console
 from jaxtok.core.protocols import CacheScorer
 from jaxtok.core.registry import register
@@ -77,8 +75,7 @@ def main(count: int = 16, length: int = 512, out: str | None = None) -> list[dic
         print(f"   {law.replace('_', ' ')}: {said}")
 
     print("3. The comparison, at half and at a quarter of the cache, against KeyDiff (unusual keys) and random slots.")
-    model = pathlib.Path(jt.__file__).parent / "models" / "embedded"
-    cfg, params, tokenizer = load.load(model)
+    cfg, params, tokenizer = load.load("embedded")
     options = compare.Options(
         methods=("full", "random", "key_diff", "outlying_values"),  # by name: registering was enough
         budgets=("50%", "25%"),

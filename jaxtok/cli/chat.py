@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from jaxtok.cli.common import load_model, path_of
+from jaxtok.cli.common import load_model
 
 if TYPE_CHECKING:
     from jaxtok.cli.generate import Generate
@@ -34,7 +34,7 @@ def run(command: "Generate") -> None:
     sampler = Sampler(temperature=command.temperature, top_k=command.top_k, top_p=command.top_p, min_p=command.min_p)
     size = parse_budget(command.budget)
     measure.site_of(command.methods[0])
-    template = ChatTemplate.read(path_of(command.model))
+    template = ChatTemplate.read(command.model)
     cfg, params, tokenizer = load_model(command.model)
     slots = min(cfg.context, MOST) if command.context is None else command.context
     recipe = measure.recipe_of(command.methods[0], cases.slots(size, slots))

@@ -1,14 +1,12 @@
 """What the commands share: methods from outside, the model, the terminal."""
 
 import dataclasses
-import importlib.resources
-import pathlib
 import sys
 from typing import Annotated, Any
 
 import tyro
 
-EMBEDDED = "embedded"
+EMBEDDED = "embedded"  # what `models.load` takes for the model of the package
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,23 +44,13 @@ def console(least: int = 100) -> Any:
     return out if out.width >= least else Plain(highlight=False, width=least)
 
 
-def path_of(model: str) -> pathlib.Path:
-    """Where a checkpoint is: a path or hub id as it stands, or that of the model of the package."""
-    if model != EMBEDDED or pathlib.Path(model).exists():
-        return pathlib.Path(model)
-    path = pathlib.Path(str(importlib.resources.files("jaxtok.models") / EMBEDDED))
-    if not (path / "config.json").is_file():
-        raise ValueError("the embedded model is not in this installation; name a checkpoint with --model")
-    return path
-
-
 def load_model(name: str) -> tuple[Any, Any, Any]:
     """(cfg, params, tokenizer) of a checkpoint with a tokenizer."""
     from jaxtok.evals import report
     from jaxtok.models import load
 
     with report.bar("loading") as progress:
-        cfg, params, tokenizer = load.load(path_of(name), progress=progress)
+        cfg, params, tokenizer = load.load(name, progress=progress)
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer (tokenizer.json, or tokenizer.bin beside a llama2.c file)")
     return cfg, params, tokenizer

@@ -10,7 +10,8 @@ capacity again after every turn, a step policy keeps its own, and without either
 them is counted in `kv.lost`.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def listen(
     # in place: the caches keep their size, and slots that padding has taken are given back
     rest = recipe if cached.raw(recipe) else recipe.replace(reader=None)
     before = [[part.kv.cursor for part in parts] for parts in layers]
-    x, layers = decoder.step(cfg, params, blocks.embed(cfg, params, ids), live, layers, rest, key=key, impl=impl)
+    x, layers = decoder.step(cfg, params, blocks.embed(cfg, params, ids), live, layers, rest, key=key, ids=ids, impl=impl)
     count = jnp.sum(live, -1, dtype=jnp.int32)
     out = []
     for i, (parts, cursors) in enumerate(zip(layers, before, strict=True)):
@@ -108,6 +109,7 @@ def speak(
     sampler: Sampler = GREEDY,
     key: Array | None = None,
     eos: tuple[int, ...] | None = None,
+    keep: Mapping[str, Any] | None = None,
     impl: str = "auto",
 ) -> tuple[Int[Array, "b most"], Said, Layers]:
     """The next tokens, at most `most` (static) and `left` (traced) -> (ids, -1 where none was said, how far it is, caches).
@@ -130,7 +132,8 @@ def speak(
         out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(running, token, -1)[:, None], i, 1)
         running = running & ~jnp.any(token[:, None] == stop[None], -1)
         y = blocks.embed(cfg, params, token[:, None])
-        y, layers = decoder.step(cfg, params, y, running[:, None], layers, recipe, key=jax.random.fold_in(key, 2 * count + 1), impl=impl)
+        own = jax.random.fold_in(key, 2 * count + 1)
+        y, layers = decoder.step(cfg, params, y, running[:, None], layers, recipe, keep=keep, key=own, ids=token[:, None], impl=impl)
         return i + 1, out, Said(jnp.where(running[:, None, None], y, x), running, count + 1), layers
 
     out = jnp.full((said.running.shape[0], most), -1, jnp.int32)

@@ -27,8 +27,8 @@ Progress = Callable[[int, int, str], None]
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CHAT_FILES = ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"]
 _HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", *_CHAT_FILES]
+EMBEDDED = "embedded"
 _SHARD_BYTES = 4 * 2**30
-MOST_NAMES = 20  # tensors that one error lists
 
 
 def load(
@@ -41,8 +41,8 @@ def load(
     """(cfg, params with layers as a tuple, tokenizer or None) of a checkpoint.
 
     path: a Hugging Face directory (config.json, model.safetensors or an index and its shards, tokenizer.json), a llama2.c
-    `.bin` file or a directory with one (tokenizer: tokenizer.bin or tok<vocab>.bin beside it), or a hub id "owner/name"
-    (needs the `hub` extra; cached files serve offline).
+    `.bin` file or a directory with one (tokenizer: tokenizer.bin or tok<vocab>.bin beside it), a hub id "owner/name"
+    (needs the `hub` extra; cached files serve offline), or "embedded", the small model of the package.
     dtype: of all parameters; None = that of the checkpoint's embedding.
     sharding: where parameters go: one Sharding (or PartitionSpec, under `jax.set_mesh`) for all, or {regular expression: ...}
     searched in the path "layers/0/q", first match wins. Tensors are read one at a time: the host never holds the model twice.
@@ -69,11 +69,16 @@ def load(
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
-    """A local path, or the local snapshot of a hub id."""
+    """Where a checkpoint is: a local path, the model of the package for "embedded", or the local snapshot of a hub id."""
     where = pathlib.Path(path).expanduser()
     if where.exists():
         return where
     name = os.fspath(path)
+    if name == EMBEDDED:
+        where = pathlib.Path(__file__).parent / EMBEDDED
+        if not (where / "config.json").is_file():
+            raise ValueError("the embedded model is not in this installation; name another checkpoint")
+        return where
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise ValueError(f"no checkpoint at {name}: no such file or directory")
     try:
@@ -170,7 +175,7 @@ def _load_hf(folder: pathlib.Path, dtype: Any, place: Any, progress: Progress | 
     if generation.is_file():  # chat models list their end-of-turn ids here only
         eos = _json(generation).get("eos_token_id")
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if ids and all(hf.is_id(i) for i in ids):
+        if ids and all(type(i) is int for i in ids):
             cfg = dataclasses.replace(cfg, eos=tuple(ids))
     table = hf.table(cfg)
     params: Params = {"layers": tuple({} for _ in range(cfg.layers))}
@@ -209,8 +214,7 @@ def _check(folder: pathlib.Path, cfg: Config, table: Any, home: dict[str, Any]) 
             wrong.append(f"{name} is {kind} {list(got)}, should be {'/'.join(_FLOATS)} {list(want)}")
     missing = [name for name in table if name not in home]
     extra = sorted(name for name in home if name not in table and not hf.ignorable(name, cfg))
-    some = lambda names: ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
-    said = [f"{what}: {some(names)}" for what, names in (("missing", missing), ("unexpected", extra), ("misshaped", wrong)) if names]
+    said = [f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("unexpected", extra), ("misshaped", wrong)) if names]
     if said:
         raise ValueError(f"{folder}: the tensors do not fit a {cfg.family} model of its config.json; {'; '.join(said)}")
 
