@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from jaxtok.core import check
 from jaxtok.core.reduce import ranks
 from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV
@@ -11,7 +12,16 @@ from jaxtok.core.types import KV
 
 def append(kv: KV, k: Float[Array, "b g t d"], v: Array, pos: Int[Array, "b t"], bias: Float[Array, "b g t"]) -> KV:
     """Write t rows at the cursor; rows that find no slot are counted in `lost`. `seen` is the caller's to move."""
-    t, slots = k.shape[2], kv.k.shape[2]
+    if k.ndim != 4 or kv.k.ndim != 4 or kv.v.ndim != 4:
+        raise ValueError(
+            f"keys are {list(k.shape)}, the cache's {list(kv.k.shape)} and {list(kv.v.shape)}; they must be [b g t d], [b g s d]"
+        )
+    (b, g, slots, d), t = kv.k.shape, k.shape[2]
+    fit = {"k": (k, (b, g, t, d)), "v": (v, (b, g, t, kv.v.shape[3])), "pos": (pos, (b, t)), "bias": (bias, (b, g, t))}
+    fit |= {"kv.pos": (kv.pos, (b, g, slots)), "kv.bias": (kv.bias, (b, g, slots))}
+    for name, (x, shape) in fit.items():
+        if x.shape != shape:
+            raise ValueError(f"{name} is {list(x.shape)}, must be {list(shape)} for keys {list(k.shape)} and a cache {list(kv.k.shape)}")
     if t > slots:
         raise ValueError(f"{t} rows cannot be appended to a cache of {slots} slots; prefill with more room (new=)")
     skip = jnp.maximum(kv.cursor - (slots - t), 0)  # this many rows find no slot
@@ -57,15 +67,22 @@ def place(q: Float[Array, "b h t d"], kv: KV, first: Array, freqs: Array) -> tup
 
 def block_slots(index: Int[Array, "b g nb"], block: int) -> Int[Array, "b g m"]:
     """The slots of the listed blocks of `block` slots; -1 for unused entries."""
+    check.count("block", block)
+    if index.ndim != 3:
+        raise ValueError(f"index must be [b g nb], got {list(index.shape)}")
     slots = index[..., None] * block + jnp.arange(block, dtype=jnp.int32)[None, None, None]
-    return jnp.where(index[..., None] < 0, -1, slots).reshape(*index.shape[:2], -1)
+    return jnp.where(index[..., None] < 0, -1, slots).reshape(*index.shape[:2], index.shape[2] * block)
 
 
 def scatter(x: Float[Array, "b h *w m"], slots: Int[Array, "b g m"], s: int) -> Array:
     """Attention over gathered slots back to all s slots; [b h m] or [b h w m]."""
-    group = x.shape[1] // slots.shape[1]
+    check.count("s", s, 0)
+    (b, g, m), wide = slots.shape, x.shape[2:-1]
+    if x.ndim not in (3, 4) or x.shape[0] != b or x.shape[-1] != m or not g or x.shape[1] % g:
+        raise ValueError(f"x is {list(x.shape)} for slots {list(slots.shape)}; x must be [{b} h {m}] or [{b} h w {m}], h a multiple of {g}")
+    group = x.shape[1] // g
     where = jnp.where(slots < 0, s, slots)
-    rows = jnp.moveaxis(x, -1, 2).reshape(x.shape[0], slots.shape[1], group, slots.shape[2], -1)
+    rows = jnp.moveaxis(x, -1, 2).reshape(b, g, group, m, *wide or (1,))
     add = jax.vmap(jax.vmap(lambda at, r: jnp.zeros((group, s + 1, r.shape[-1]), jnp.float32).at[:, at].add(r)[:, :s]))
-    out = add(where, rows).reshape(*x.shape[:2], s, *x.shape[2:-1])
+    out = add(where, rows).reshape(*x.shape[:2], s, *wide)
     return jnp.moveaxis(out, 2, -1)
