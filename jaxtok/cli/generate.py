@@ -55,9 +55,9 @@ class Generate(Common):
 
         from jaxtok.core.registry import parse_budget
         from jaxtok.core.types import live_count
-        from jaxtok.decode import Sampler, generate
+        from jaxtok.decode import Sampler, generate, reread
         from jaxtok.evals import cases, measure
-        from jaxtok.models import decoder, text
+        from jaxtok.models import text
 
         sampler = Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
         size = parse_budget(self.budget)
@@ -76,9 +76,10 @@ class Generate(Common):
 
         def run(recipe, params, ids, live, key):
             keep, after = measure.keeps(recipe, cases.keep(size, live), capacity)
-            tokens, layers = decoder.prefill(cfg, params, decoder.embed(cfg, params, ids, live), recipe, new=self.new, keep=keep, key=key)
+            ask = reread.request(tokenizer.encode)
+            tokens, layers = reread.prefill(cfg, params, ids, live, recipe, new=self.new, ask=ask, keep=keep, key=key)
             out = generate(cfg, params, tokens, layers, recipe, new=self.new, sampler=sampler, key=key, keep=after)
-            live_slots = [jnp.mean(live_count(part.kv.pos).astype(jnp.float32)) for parts in layers for part in parts]
+            live_slots = [jnp.mean(live_count(part.pos).astype(jnp.float32)) for parts in layers for part in parts]
             return out.ids, out.count, sum(live_slots) / len(live_slots)
 
         for spec, recipe in zip(self.methods, recipes, strict=True):

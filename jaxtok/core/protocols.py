@@ -59,6 +59,7 @@ class CacheCompressor(Method):
     groups: ClassVar[int] = 1  # head groups that it tells apart; more than one goes with Recipe.heads
     rotates: ClassVar[bool] = False  # turns stored keys in `compress`, so its plan alone is not the method
     edits: ClassVar[bool] = False  # changes the values that stay in `compress`, so its plan alone is not the method
+    passes: ClassVar[str] = ""  # the function that prefills with it, where one pass over the prompt is not enough
     reads_rotated: ClassVar[bool] = False  # compares with rotated keys
     shares: ClassVar[bool] = False  # a wrapper that decides how many of its base's best each head keeps, and nothing else
     capacity: int
@@ -87,6 +88,10 @@ class CacheCompressor(Method):
     def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
         """The plan [b g m] for this layer's cache. `keep`: int, [b], [b 1] or [b g] live slots, at most the capacity."""
         raise NotImplementedError(f"{type(self).__name__} must make a plan")
+
+    def budgets(self, params, kvs: list[KV], evidence: list[Evidence], keep=None) -> Int[Array, "l b g"] | None:
+        """Budgets of all heads and layers at once, for a method that shares them out (asked where all layers are known); None = no such."""
+        return None
 
     def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
         """The compressed cache, and the evidence of what stayed."""

@@ -77,6 +77,11 @@ class Recipe:
             needs = needs | method.needs if method is not None else needs
         return needs
 
+    @property
+    def passes(self) -> tuple[str, str] | None:
+        """(method, function) where the cache's method, or one that it holds, takes a prefill of its own."""
+        return next(((m.name, m.passes) for m in _held(self.cache) if m.passes), None)
+
     def validate(self, cfg) -> None:
         """ValueError where a combination cannot work on a model of configuration `cfg`."""
         count = cfg.layers
@@ -128,7 +133,17 @@ class Recipe:
         for method in (self.cache, self.policy):
             if method is not None and method.groups not in (1, groups):
                 raise ValueError(f"{method.name} tells {method.groups} head groups apart; Recipe.heads says {groups} a layer")
-        if self.reader is not None and groups > 1:
-            raise ValueError(f"{self.reader.name} reads caches of one head group; Recipe.heads splits them into {groups}")
         if self.reader is not None and self.reader.attends and self.policy is not None:
             raise ValueError(f"{self.reader.name} attends by itself and knows slots by where they were written; use no policy beside it")
+        if self.reader is not None and groups > 1:
+            raise ValueError(f"{self.reader.name} reads caches of one head group; Recipe.heads splits them into {groups}")
+
+
+def _held(method):
+    """A compressor and those that it holds."""
+    if isinstance(method, protocols.CacheCompressor):
+        yield method
+        for field in dataclasses.fields(method):  # type: ignore[arg-type]
+            value = getattr(method, field.name)
+            for inner in value if isinstance(value, tuple) else (value,):
+                yield from _held(inner)

@@ -108,6 +108,7 @@ class Needs(NamedTuple):
     rows: int = 0  # how many last queries
     received: bool = False
     peak: bool = False
+    unit: bool = False  # `peak` of attention divided by the length of the row that the query was made of (normed, as it enters the layer)
     cls: bool = False
     keys: bool = False
     queries: int | None = None  # moments over the live queries from this order on (None = not needed)
@@ -122,10 +123,13 @@ class Needs(NamedTuple):
             raise ValueError(
                 f"one recipe asks for query moments from order {self.queries} and from {other.queries}; give both methods the same sinks"
             )
+        if self.peak and other.peak and self.unit != other.unit:
+            raise ValueError("one recipe asks for the peak of attention as it is and by unit rows; use one of the methods")
         return Needs(
             rows=max(self.rows, other.rows),
             received=self.received or other.received,
             peak=self.peak or other.peak,
+            unit=self.unit or other.unit,
             cls=self.cls or other.cls,
             keys=self.keys or other.keys,
             queries=other.queries if self.queries is None else self.queries,

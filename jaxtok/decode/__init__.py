@@ -1,6 +1,8 @@
 """Generation: loops over the decoder's step, sampling."""
 
+from jaxtok.decode.lookahead import Ahead, prefill_lookahead
 from jaxtok.decode.loop import Generated, generate, prefill_chunked, replay
+from jaxtok.decode.reread import prefill_reread
 from jaxtok.decode.sampling import Sampler, filter_logits, sample
 
-__all__ = ["Generated", "Sampler", "filter_logits", "generate", "prefill_chunked", "replay", "sample"]
+__all__ = ["Ahead", "Generated", "Sampler", "filter_logits", "generate", "prefill_chunked", "prefill_lookahead", "prefill_reread", "replay", "sample"]

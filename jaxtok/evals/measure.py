@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import statistics
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtok.core import registry
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import live_count
-from jaxtok.decode import generate, replay
+from jaxtok.decode import generate, replay, reread
 from jaxtok.evals import agreement, cases, perplexity, tasks
 from jaxtok.evals.cases import Group, Rows
 from jaxtok.evals.programs import Program, Programs, nbytes, timed
@@ -89,7 +90,7 @@ class Work:
         later, params = recipe.replace(cache=None), self.learned(recipe)
         _, rows = cases.batches(g, self.batch)[0]
         keep, after = keeps(recipe, cases.keep(size, rows.live), capacity)
-        fn = functools.partial(_prefill, self.cfg, recipe, g.new)
+        fn = functools.partial(_prefill, self.cfg, recipe, g.new, reread.request(self.tokenizer.encode))
         prefill = self.programs.get("prefill", (recipe, g.new), fn, (params, rows, keep, self.key))
         tokens, layers, *_ = prefill.out
         ask = None
@@ -270,11 +271,10 @@ def _map(spec: str, budget: str, case, where: np.ndarray, n: int) -> dict[str, A
 # --- what is compiled -------------------------------------------------------------------------------------------------
 
 
-def _prefill(cfg: Config, recipe: Recipe, new: int, params, rows: Rows, keep, key):
+def _prefill(cfg: Config, recipe: Recipe, new: int, ask: Mapping[str, Any], params, rows: Rows, keep, key):
     """(tokens cut to the last row or None, caches, kept slots [b], share of layers and heads that kept each position [b n])."""
-    tokens = decoder.embed(cfg, params, rows.ids, rows.live)
     room = new if rows.ask is None else 0
-    tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=room, keep=keep, key=key)
+    tokens, layers = reread.prefill(cfg, params, rows.ids, rows.live, recipe, new=room, ask=ask, keep=keep, key=key)
     pos = [part.pos for parts in layers for part in parts]
     heads = sum(p.shape[1] for p in pos)
     count = sum(jnp.sum(live_count(p), -1) for p in pos).astype(jnp.float32) / heads  # type: ignore[union-attr]

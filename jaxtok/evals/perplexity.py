@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import live_count
+from jaxtok.decode import reread
 from jaxtok.evals import tasks
 from jaxtok.evals.programs import Program, Programs
 from jaxtok.models import blocks, decoder
@@ -84,8 +85,7 @@ def nll(cfg: Config, recipe: Recipe, skip: int, params: Any, ids: Int[Array, "b 
     """(NLL a token, live slots and lost rows a layer and head), each f32 [b]. `recipe` and `skip` are static."""
     n = ids.shape[1]
     first = 1 if recipe.policy is not None else skip
-    tokens = decoder.embed(cfg, params, ids[:, :first])
-    tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=n - first, key=key)
+    tokens, layers = reread.prefill(cfg, params, ids[:, :first], None, recipe, new=n - first, key=key)
     later = recipe.replace(cache=None)
 
     def one(state, row):

@@ -75,12 +75,17 @@ def _linear(p: Params, name: str, x: Array) -> Array:
     return y + p[name + "_bias"][None, None] if name + "_bias" in p else y
 
 
+def normed(cfg: Config, p: Params, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    """What queries, keys and values of a layer are made of: the residual stream x after the layer's first norm."""
+    return norm(x, p["attn_norm"], cfg.norm_eps, cfg.norm_offset)
+
+
 def qkv(
     cfg: Config, p: Params, x: Float[Array, "b n c"]
 ) -> tuple[Float[Array, "b h n d"], Float[Array, "b g n d"], Float[Array, "b g n d"]]:
     """Queries, keys and values of a layer from the residual stream x: norm, projections with biases, q/k norms; NOT rotated."""
     b, n, _ = x.shape
-    y = norm(x, p["attn_norm"], cfg.norm_eps, cfg.norm_offset)
+    y = normed(cfg, p, x)
     q, k, v = (_linear(p, name, y).reshape(b, n, -1, cfg.head_dim).transpose(0, 2, 1, 3) for name in "qkv")
     if cfg.qk_norm:
         q, k = norm(q, p["q_norm"], cfg.norm_eps, cfg.norm_offset), norm(k, p["k_norm"], cfg.norm_eps, cfg.norm_offset)

@@ -38,10 +38,17 @@ def whole(site: str, keep) -> Array:
     return keep.astype(jnp.int32)
 
 
-def budget_of(keep, site: str, i: int, cfg: Config, b: int) -> Int[Array, "b 1"] | None:
-    """The traced budget of one site in layer i, or None."""
+def by_layer(keep, site: str, cfg: Config, b: int) -> list[Array | None]:
+    """The traced budgets of one site, layer by layer."""
+    return [budget_of(keep, site, i, cfg, b) for i in range(cfg.layers)]
+
+
+def budget_of(keep, site: str, i: int, cfg: Config, b: int) -> Int[Array, "b e"] | None:
+    """The traced budget of one site in layer i, [b 1] or by head, or None."""
     if keep is None or keep.get(site) is None:
         return None
+    if jnp.ndim(keep[site]) == 3:
+        return whole(site, keep[site])[i]
     return jnp.broadcast_to(whole(site, keep[site]), (cfg.layers, b))[i][:, None]
 
 
@@ -56,9 +63,12 @@ def at_hand(i: int, freqs: Array, key: Array | None) -> dict[str, Any]:
 
 
 def attend_rows(
-    cfg: Config, p, i: int, tokens: Tokens, past: tuple[Part, ...] | None, recipe: Recipe, needs: Needs, proportional: bool, key, impl: str
+    cfg: Config, p, i: int, tokens: Tokens, past: tuple[Part, ...] | None, recipe: Recipe, needs: Needs, proportional: bool, key, impl: str, among=None
 ) -> tuple[Tokens, list[tuple[KV, Evidence]]]:
-    """One layer over the rows of a prefill -> (tokens, for each head group the cache with these rows and evidence over its slots)."""
+    """One layer over the rows of a prefill -> (tokens, for each head group the cache with these rows and evidence over its slots).
+
+    `among` bool [b s]: attention evidence as if of the slots of `past` only these were there.
+    """
     q, k, v = blocks.qkv(cfg, p, tokens.x)
     group, freqs = cfg.heads // cfg.kv_heads, jnp.asarray(blocks.frequencies(cfg, i))
     common = {
@@ -66,11 +76,12 @@ def attend_rows(
         "weights": {name: p[name] for name in needs.weights} if needs.weights else None,
         **at_hand(i, freqs, key),
     }
+    length = jnp.linalg.norm(blocks.normed(cfg, p, tokens.x).astype(jnp.float32), axis=-1) if needs.unit else None
     outs, found, g = [], [], 0
     for part in (None,) if past is None else past:
         heads = k.shape[1] if part is None else part.kv.k.shape[1]
         mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]
-        out, kv, seen = _attend_group(cfg, i, tokens, part, mine, freqs, recipe, needs, proportional, impl)
+        out, kv, seen = _attend_group(cfg, i, tokens, part, mine, freqs, recipe, needs, proportional, impl, among, length)
         outs.append(out)
         found.append((kv, Evidence(**seen, **common)))
         g += heads
@@ -78,7 +89,7 @@ def attend_rows(
     return tokens._replace(x=blocks.mlp(cfg, p, blocks.out_proj(cfg, p, tokens.x, out))), found
 
 
-def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional, impl) -> tuple[Array, KV, dict[str, Any]]:
+def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional, impl, among, length) -> tuple[Array, KV, dict[str, Any]]:
     """The rows' attention in one head group -> (values, cache with these rows, its evidence)."""
     q, k, v = qkv
     (b, g, n), live, unturned = k.shape[:3], tokens.pos >= 0, raw(recipe)
@@ -112,7 +123,12 @@ def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional,
             turned_q, keys = place(q, kv, past.cursor, freqs)
     see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
     out, lse = attention(turned_q, keys, kv.v, impl=impl, diagonal=diagonal, **see)
-    seen = observe(needs, turned_q, keys, lse, see, diagonal) | {
+    looked, look_lse = see, lse
+    if among is not None:
+        there = jnp.pad(among, ((0, 0), (0, n)), constant_values=True)
+        looked = see | {"k_pos": jnp.where(there[:, None], kv.pos, -1)}
+        look_lse = attention(turned_q, keys, kv.v, impl=impl, diagonal=diagonal, **looked)[1]
+    seen = observe(needs, turned_q, keys, look_lse, looked, diagonal, length) | {
         "keys": k if needs.keys else None,
         "queries": moments(q, live & (pos >= needs.queries)) if needs.queries is not None else None,
     }
@@ -121,7 +137,7 @@ def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional,
     return out, kv, seen
 
 
-def observe(needs: Needs, q, k, lse, see: dict[str, Any], diagonal: int | None = None) -> dict[str, Any]:
+def observe(needs: Needs, q, k, lse, see: dict[str, Any], diagonal: int | None = None, length: Array | None = None) -> dict[str, Any]:
     """Attention evidence from queries, keys and the saved logsumexp; no [n n] array exists."""
     out: dict[str, Any] = {}
     plain = {name: x for name, x in see.items() if name != "q_pos"}
@@ -134,7 +150,8 @@ def observe(needs: Needs, q, k, lse, see: dict[str, Any], diagonal: int | None =
     if needs.received:
         out["received"] = received(q, k, lse, diagonal=diagonal, **see)
     if needs.peak:
-        out["peak"] = peak(q, k, lse, diagonal=diagonal, **see)
+        by = lse if length is None else lse + jnp.log(jnp.maximum(length, 1e-6))[:, None]  # exp(logit - lse) / length
+        out["peak"] = peak(q, k, by, diagonal=diagonal, **see)
     if needs.cls:
         out["cls"] = rows(q[:, :, :1], k, lse[:, :, :1], q_pos=see["q_pos"][:, :1], **plain)[:, :, 0]
     return out

@@ -103,6 +103,8 @@ def prefill(
     Returns the tokens after the last layer (row -1 is the last token; feed it to `logits`) and the caches.
     """
     recipe.validate(cfg)
+    if recipe.passes:
+        raise ValueError(f"{recipe.passes[0]} needs more than one pass over the prompt; use {recipe.passes[1]}")
     _known(keep)
     if new < 0:
         raise ValueError(f"new must be >= 0, got {new}")
@@ -125,17 +127,39 @@ def prefill(
     return tokens, tuple(out)
 
 
+def survey(
+    cfg: Config, params, tokens: Tokens, needs: Needs, recipe: Recipe = PLAIN, *, key: Array | None = None, impl: str = "auto"
+) -> tuple[Tokens, Layers, tuple[tuple[Evidence, ...], ...]]:
+    """A plain prefill that also returns its evidence, for each layer and head group, to be added to and given to `compress`."""
+    layers, out = [], []
+    for i, p in enumerate(params["layers"]):
+        tokens, found = cached.attend_rows(cfg, p, i, tokens, None, recipe, needs, False, key, impl)
+        layers.append(tuple(Part(kv, Held()) for kv, _ in found))
+        out.append(tuple(evidence for _, evidence in found))
+    return tokens, tuple(layers), tuple(out)
+
+
 def probe(
-    cfg: Config, params, tokens: Tokens, layers: Layers, needs: Needs, recipe: Recipe = PLAIN, *, key: Array | None = None, impl: str = "auto"
+    cfg: Config,
+    params,
+    tokens: Tokens,
+    layers: Layers,
+    needs: Needs,
+    recipe: Recipe = PLAIN,
+    *,
+    among: Bool[Array, "b s"] | None = None,
+    key: Array | None = None,
+    impl: str = "auto",
 ) -> tuple[tuple[Evidence, ...], ...]:
     """What further rows (a draft's look-ahead, the context once more, a question) make of caches that they do not join.
 
     The rows attend to the caches and to each other. Returns evidence of these rows' queries, for each layer and head group, over the
-    slots of `layers`; give it to `compress`. `recipe` says how the caches are stored.
+    slots of `layers`; give it to `compress`. `recipe` says how the caches are stored. `among`: attention evidence as if only these slots
+    and the rows themselves were there (the rows still read everything).
     """
     out = []
     for i, p in enumerate(params["layers"]):
-        tokens, found = cached.attend_rows(cfg, p, i, tokens, layers[i], recipe, needs, False, key, impl)
+        tokens, found = cached.attend_rows(cfg, p, i, tokens, layers[i], recipe, needs, False, key, impl, among)
         out.append(tuple(_before(evidence, part.kv.k.shape[2]) for part, (_, evidence) in zip(layers[i], found, strict=True)))
     return tuple(out)
 

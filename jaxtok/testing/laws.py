@@ -185,6 +185,7 @@ def heads_are_interchangeable(make):
     seen = evidence._replace(
         rows=evidence.rows[:, query],
         received=evidence.received[:, query],
+        peak=evidence.peak[:, query],
         cls=evidence.cls[:, query],
         keys=evidence.keys[:, swap],
         queries=moments,

@@ -12,10 +12,25 @@ import numpy as np
 import pytest
 
 import jaxtok as jt
-from jaxtok.methods import CUR, AdaKV, ChunkKV, CriticalKV, ExpectedAttention, Finch, KeyRerotation, KNorm, LagKV, Merging, SnapKV, ThinK
+from jaxtok.decode import prefill_reread
+from jaxtok.methods import (
+    CUR,
+    AdaKV,
+    ChunkKV,
+    CriticalKV,
+    ExpectedAttention,
+    Finch,
+    KeyRerotation,
+    KNorm,
+    KVzip,
+    LagKV,
+    Merging,
+    SnapKV,
+    ThinK,
+)
 from jaxtok.models import decoder
 from tests.golden.make_kvpress import CASES, FOLDER, GAP, RATIOS, WINDOW
-from tests.golden.make_kvpress_more import CHUNK, HALVES, LAG
+from tests.golden.make_kvpress_more import CHUNK, GO_ON, HALVES, LAG, PIECE, REPEAT, SUFFIX
 from tests.methods.test_kvpress import BUCKET, SLACK, Golden, masks, opened
 
 EPSILON = 1e-4 * WINDOW  # beside SnapKV's score, which is a mean over the window there and a sum here
@@ -174,3 +189,51 @@ def test_channels_are_kvpress_s(name):
     for i, layers in enumerate(out):
         got = np.stack([(np.asarray(x)[0][:, :, None] == np.arange(golden.cfg.head_dim)).any(1) for x in layers])
         np.testing.assert_array_equal(got, golden.fields["think.channels"][i])
+
+
+# --- KVzip --------------------------------------------------------------------------------------------------------------
+
+ZIPPED = {
+    "kvzip": (dict(share="model"), 2048),
+    "kvzip_layer": (dict(share="layer"), PIECE),
+    "kvzip_pieces": (dict(share="model"), PIECE),
+    "kvzip_plus": (dict(share="model", plus=True), PIECE),
+}
+
+
+@functools.cache
+def zipped(cfg, n: int):
+    """Kept positions of every form of KVzip, budgets traced."""
+
+    def run(params, ids, live, counts):
+        out = {}
+        for press, (options, chunk) in ZIPPED.items():
+            recipe = jt.Recipe(cache=KVzip(capacity=n, slack=1.0, **options))
+            ask = dict(chunk=chunk, prompt=REPEAT, further=GO_ON, suffix=SUFFIX)
+            layers = prefill_reread(cfg, params, ids, live, recipe, new=0, keep={"cache": counts}, **ask)[1]
+            out[press] = [parts[0].kv.pos for parts in layers]
+        return out
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_kvzip_keeps_what_kvpress_keeps(name):
+    """kvpress removes floor(removed n l g) slots in all (of a layer: floor(removed n g)), we keep whole numbers a head: where these differ,
+    ours are the same best slots but for the few that do not make a number."""
+    golden = read(name)
+    cfg, n, whole = golden.cfg, golden.n, 0
+    ids, live = map(jax.numpy.asarray, padded(golden))
+    for i, removed in enumerate(RATIOS):
+        for press in ZIPPED:
+            heads = cfg.kv_heads * (1 if press == "kvzip_layer" else cfg.layers)
+            total = n * heads - int(n * heads * removed)
+            got = zipped(cfg, ids.shape[1])(golden.params, ids, live, np.full((cfg.layers, 1), total // heads, np.int32))[press]
+            got, want = masks(got, n), golden.kept(press, i)
+            assert not (got & ~want).any(), (press, removed, np.argwhere(got & ~want).tolist())
+            over = want.sum() - got.sum()
+            assert over == (total % heads) * (cfg.layers if press == "kvzip_layer" else 1)
+            whole += over == 0
+            low = np.where(got, golden.score(press, i), np.inf).min() if press != "kvzip_layer" else np.inf
+            assert over == 0 or press == "kvzip_layer" or np.where(want & ~got, golden.score(press, i), -np.inf).max() <= low
+    assert whole >= 6
