@@ -17,6 +17,7 @@ class Sight(NamedTuple):
     softcap: float | None = None
     scale: float | None = None  # of q.k; None = head_dim ** -0.5
     impl: str = "auto"
+    ids: jax.Array | None = None  # i32 [b t] the queries' token ids, where the caller knows them
 
 
 class Traffic(NamedTuple):
@@ -30,6 +31,7 @@ class Reader(Method):
     """Site reader: which slots a query reads. Nothing is lost."""
 
     block: int = 1
+    ends: tuple[int, ...] = ()  # token ids that close a sentence
     raw: bool = False  # keys stored unrotated; `read` then says where the keys and the queries stand
     attends: ClassVar[bool] = False  # attends itself (`attend`) instead of naming slots (`read`); no step policy beside it
 

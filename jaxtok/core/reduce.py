@@ -128,7 +128,8 @@ def reduce_kv(plan: Plan | DensePlan, kv: KV, count: bool = True) -> KV:
         tokens = total(plan, jnp.where(kv.pos >= 0, jnp.exp(jnp.minimum(kv.bias, 60.0)), 0.0))  # e**60 tokens are no count
         bias = jnp.where(tokens > 0, jnp.log(jnp.where(tokens > 0, tokens, 1.0)), 0.0)
     cursor = jnp.full((), index.shape[-1], jnp.int32)
-    return kv._replace(k=apply(plan, kv.k), v=apply(plan, kv.v), pos=pos, bias=bias, cursor=cursor, lost=lost)
+    segment = None if kv.segment is None else jnp.where(index >= 0, gather(kv.segment, index), -1)
+    return kv._replace(k=apply(plan, kv.k), v=apply(plan, kv.v), pos=pos, bias=bias, cursor=cursor, lost=lost, segment=segment)
 
 
 def masked_kv(plan: Plan, kv: KV) -> KV:
@@ -171,7 +172,8 @@ def grow_kv(kv: KV, slots: int) -> KV:
     def pad(x, value):
         return jnp.pad(x, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 3), constant_values=value)
 
-    return kv._replace(k=pad(kv.k, 0), v=pad(kv.v, 0), pos=pad(kv.pos, -1), bias=pad(kv.bias, 0))
+    segment = None if kv.segment is None else pad(kv.segment, -1)
+    return kv._replace(k=pad(kv.k, 0), v=pad(kv.v, 0), pos=pad(kv.pos, -1), bias=pad(kv.bias, 0), segment=segment)
 
 
 def ranks(pos: Int[Array, "*B s"]) -> Int[Array, "*B s"]:

@@ -56,6 +56,7 @@ class KV(NamedTuple):
     delta: jax.Array  # i32 [b] the next rotary id minus `seen`
     cursor: jax.Array  # i32 [] the slot that the next key is written to
     lost: jax.Array  # i32 [b g] live tokens that a static cap had no room for
+    segment: jax.Array | None = None  # i32 [b g s] that of the prompt's tokens, until a reader that asks for it has started
 
 
 class Frozen(NamedTuple):
@@ -117,6 +118,7 @@ class Needs(NamedTuple):
     weights: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()  # evidence of these 0-based layers instead of the one at hand
     own: bool = False  # site 3: of the layer that follows, computed on its own input
+    segment: bool = False  # readers: the segment of each slot, when they start
 
     def __or__(self, other: "Needs") -> "Needs":  # type: ignore[override]
         if None not in (self.queries, other.queries) and self.queries != other.queries:
@@ -138,6 +140,7 @@ class Needs(NamedTuple):
             weights=tuple(dict.fromkeys(self.weights + other.weights)),
             layers=tuple(sorted({*self.layers, *other.layers})),
             own=self.own or other.own,
+            segment=self.segment or other.segment,
         )
 
 

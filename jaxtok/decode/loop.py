@@ -66,7 +66,7 @@ def generate(
         i, token, out, count, layers, running = state
         x = blocks.embed(cfg, params, token[:, None])
         x, layers = decoder.step(
-            cfg, params, x, running[:, None], layers, recipe, keep=keep, key=jax.random.fold_in(key, new + i), impl=impl
+            cfg, params, x, running[:, None], layers, recipe, keep=keep, key=jax.random.fold_in(key, new + i), ids=token[:, None], impl=impl
         )
         token, still = draw(i, x, running)
         out = jax.lax.dynamic_update_slice_in_dim(out, jnp.where(running, token, -1)[:, None], i, 1)
@@ -105,7 +105,8 @@ def replay(
         x, layers, i = state
         seen = take(decoder.logits(cfg, params, x)[:, 0])
         y = blocks.embed(cfg, params, row[0][:, None])
-        y, layers = decoder.step(cfg, params, y, row[1][:, None], layers, recipe, keep=keep, key=jax.random.fold_in(key, i), impl=impl)
+        own = jax.random.fold_in(key, i)
+        y, layers = decoder.step(cfg, params, y, row[1][:, None], layers, recipe, keep=keep, key=own, ids=row[0][:, None], impl=impl)
         return (jnp.where(row[1][:, None, None], y, x), layers, i + 1), seen
 
     (_, layers, _), out = jax.lax.scan(one, (tokens.x[:, -1:], layers, jnp.zeros((), jnp.int32)), (ids.T, live.T))
@@ -156,7 +157,7 @@ def prefill_chunked(
 
     def one(state, part):
         x = blocks.embed(cfg, params, part[0])
-        return decoder.step(cfg, params, x, part[1], state[1], head, key=key, evict=False, impl=impl), None
+        return decoder.step(cfg, params, x, part[1], state[1], head, key=key, evict=False, ids=part[0], impl=impl), None
 
     split = lambda x: jnp.swapaxes(x.reshape(b, count, chunk), 0, 1)
     tokens = decoder.embed(cfg, params, ids[:, -chunk:], live[:, -chunk:])

@@ -84,7 +84,7 @@ def listen(
     # in place: the caches keep their size, and slots that padding has taken are given back
     rest = recipe if cached.raw(recipe) else recipe.replace(reader=None)
     before = [[part.kv.cursor for part in parts] for parts in layers]
-    x, layers = decoder.step(cfg, params, blocks.embed(cfg, params, ids), live, layers, rest, key=key, impl=impl)
+    x, layers = decoder.step(cfg, params, blocks.embed(cfg, params, ids), live, layers, rest, key=key, ids=ids, impl=impl)
     count = jnp.sum(live, -1, dtype=jnp.int32)
     out = []
     for i, (parts, cursors) in enumerate(zip(layers, before, strict=True)):
@@ -133,7 +133,7 @@ def speak(
         running = running & ~jnp.any(token[:, None] == stop[None], -1)
         y = blocks.embed(cfg, params, token[:, None])
         own = jax.random.fold_in(key, 2 * count + 1)
-        y, layers = decoder.step(cfg, params, y, running[:, None], layers, recipe, keep=keep, key=own, impl=impl)
+        y, layers = decoder.step(cfg, params, y, running[:, None], layers, recipe, keep=keep, key=own, ids=token[:, None], impl=impl)
         return i + 1, out, Said(jnp.where(running[:, None, None], y, x), running, count + 1), layers
 
     out = jnp.full((said.running.shape[0], most), -1, jnp.int32)

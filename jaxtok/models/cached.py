@@ -107,9 +107,12 @@ def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional,
             delta=tokens.delta,
             cursor=jnp.full((), n, jnp.int32),
             lost=jnp.broadcast_to(tokens.lost[:, None], (b, g)),
+            segment=jnp.broadcast_to(tokens.segment[:, None], (b, g, n)) if recipe.reader is not None and recipe.reader.needs.segment else None,
         )
         keys, diagonal = turned_k, 0
     else:
+        if recipe.reader is not None and recipe.reader.needs.segment:
+            raise ValueError(f"{recipe.reader.name} needs the segments of the whole cache, which are not kept; prefill at once, or with read=True")
         if needs.keys or needs.hidden:
             raise ValueError("a method needs the unrotated keys or the hidden rows of the whole cache; they are not kept after a prefill")
         past = part.kv
@@ -246,7 +249,8 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
     kv = grow_kv(kv, slots)
     kv = kv if cursor is None else kv._replace(cursor=jnp.full((), cursor, jnp.int32))
     state = Held(_pad_slots(state.slots, extra), state.rest)
-    return Part(kv, state, () if reader is None else reader.start(learned.get("reader", {}), i, kv, cfg.heads), frozen)
+    reading = () if reader is None else reader.start(learned.get("reader", {}), i, kv, cfg.heads)
+    return Part(kv._replace(segment=None), state, reading, frozen)
 
 
 def _move_slots(plan, slots):
@@ -260,7 +264,7 @@ def _pad_slots(slots, extra: int):
 # --- a step -------------------------------------------------------------------------------------------------------------
 
 
-def step_part(cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe: Recipe, carry, keep, key, evict: bool, impl: str):
+def step_part(cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe: Recipe, carry, keep, key, evict: bool, impl: str, ids=None):
     """Head group j of layer i in a step -> (attended values, part, the reader's carry)."""
     (q, k, v), (kv, state, reading, frozen) = qkv, part
     learned, freqs = params.get("methods", {}), jnp.asarray(blocks.frequencies(cfg, i))
@@ -271,15 +275,15 @@ def step_part(cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe
     if not k.shape[1]:
         return q, part._replace(kv=kv._replace(seen=kv.seen + count[:, -1])), carry
     at, unturned = kv.cursor, raw(recipe)
-    ids = jnp.maximum(pos, 0) + kv.delta[:, None]
-    stored = k if unturned else rotate_by(k, ids, freqs)
+    rope = jnp.maximum(pos, 0) + kv.delta[:, None]
+    stored = k if unturned else rotate_by(k, rope, freqs)
     kv = append(kv, stored, v, pos, jnp.zeros(k.shape[:3], jnp.float32))
     kv = kv._replace(seen=kv.seen + count[:, -1])
     see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
-    turned: Any = q if unturned else rotate_by(q, ids, freqs)
+    turned: Any = q if unturned else rotate_by(q, rope, freqs)
     keys, values, slots = kv.k, kv.v, None
     if reader is not None:
-        own, sight = learned.get("reader", {}), Sight(freqs, see["window"], cfg.softcap, cfg.scale, impl)
+        own, sight = learned.get("reader", {}), Sight(freqs, see["window"], cfg.softcap, cfg.scale, impl, ids)
         reading, known = _written(reader, own, reading, kv, at, k.shape[2], see["window"], count[:, -1])
         if reader.attends:
             reading, carry, out, lse = reader.attend(own, i, reading, carry, turned, pos, known, sight)

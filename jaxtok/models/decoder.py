@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.core.protocols import Held
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, reduce
+from jaxtok.core.segments import sentences
 from jaxtok.core.select import pack
 from jaxtok.core.types import KV, Evidence, Needs, Part, Tokens
 from jaxtok.models import blocks, cached
@@ -23,16 +24,20 @@ Layers = tuple[tuple[Part, ...], ...]
 PLAIN = Recipe()
 
 
-def embed(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None) -> Tokens:
+def embed(
+    cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, ends: tuple[int, ...] = ()
+) -> Tokens:
     """Tokens of a batch of padded prompts; `live` marks the real ones (None = all). Positions count from 0.
 
     Padding may stand anywhere: rows are packed dead first, live last, and `source` says where each token went.
+    `ends`: token ids that close a sentence; the segments then number the sentences (`recipe.reader.ends` of a reader that asks for them).
     """
     live = jnp.ones(ids.shape, bool) if live is None else live
     if live.shape != ids.shape:
         raise ValueError(f"live {live.shape} must have the shape of ids {ids.shape}")
     packed = pack(live)
     pos = blocks.positions(packed.index >= 0)
+    number = sentences(gather(ids, packed.index), pos >= 0, ends) if ends else None
     none = jnp.full(ids.shape, -1, jnp.int32)
     return Tokens(
         x=blocks.embed(cfg, params, gather(ids, packed.index)),
@@ -40,7 +45,7 @@ def embed(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] 
         rope=jnp.maximum(pos, 0)[..., None],
         size=(pos >= 0).astype(jnp.float32),
         kind=jnp.zeros(ids.shape, jnp.int8),
-        segment=none,
+        segment=none if number is None else number,
         cell=jnp.repeat(none[..., None], 2, -1),
         source=packed.assign,
         seen=jnp.sum(live, -1, dtype=jnp.int32),
@@ -218,13 +223,14 @@ def step(
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
     evict: bool = True,
+    ids: Int[Array, "b t"] | None = None,
     impl: str = "auto",
 ) -> tuple[Float[Array, "b t c"], Layers]:
     """Append t rows to the caches: embed -> append -> read -> attend -> evict, in place when jit donates `layers`.
 
     `x` are embeddings (`blocks.embed`); rows that are not `live` (finished sequences) leave no trace. With a step policy t > 1 rows
     run one after another, unless `evict` is False: then rows are appended and observed, and nothing is vacated (chunked prefill).
-    A row that finds no slot is counted in `kv.lost`. A policy's `keep` must be that of the prefill: each step vacates one slot for the one
+    `ids`: the rows' token ids, for a reader that looks at them (sentence ends). A row that finds no slot is counted in `kv.lost`. A policy's `keep` must be that of the prefill: each step vacates one slot for the one
     it fills. Returns the rows after the last layer and the caches.
     """
     _known(keep)
@@ -244,7 +250,7 @@ def step(
             heads, group = part.kv.k.shape[1], cfg.heads // cfg.kv_heads
             mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]
             o, part, carries[j] = cached.step_part(
-                cfg, params, i, j, part, mine, live, recipe, carries[j], keep, key, evict, impl
+                cfg, params, i, j, part, mine, live, recipe, carries[j], keep, key, evict, impl, ids
             )
             attended.append(o)
             kept.append(part)

@@ -86,7 +86,7 @@ def test_a_method_says_what_it_is(name):
     if cls.paper != "baseline":
         assert cls.bibtex, f"{name}: register(..., title=, authors=) says what to cite"
     assert cls.site in registry.SITES
-    assert cls.__module__.rsplit(".", 1)[1].split(".")[0] == name, f"{name} lives in {cls.__module__}"
+    assert cls.__module__.rsplit(".", 1)[1] == name.split(".")[0], f"{name} lives in {cls.__module__}"
     assert inspect.getdoc(cls) and len(inspect.getdoc(cls).splitlines()) >= 3, f"{name}: the docstring is the specification"
     needs = inspect.getattr_static(cls, "needs")
     assert isinstance(needs, property), f"{name}: needs is a property of the instance"

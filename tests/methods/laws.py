@@ -6,12 +6,15 @@ import pathlib
 
 def makers(name: str):
     """{label: maker} from `small` of the method's own test file: a function of the capacity, or a dict of such functions."""
-    found = sorted(pathlib.Path(__file__).parent.rglob(f"test_{name}.py"))
+    stem = name.split(".")[0]  # a paper of several sites has one file
+    found = sorted(pathlib.Path(__file__).parent.rglob(f"test_{stem}.py"))
     if not found:
-        raise AssertionError(f"method {name!r} has no tests/methods/**/test_{name}.py")
+        raise AssertionError(f"method {name!r} has no tests/methods/**/test_{stem}.py")
     spec = importlib.util.spec_from_file_location(f"laws_of_{name}", found[0])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "small"):
         raise AssertionError(f"{found[0].name} must define small(capacity): the method at a size for the laws")
-    return module.small if isinstance(module.small, dict) else {name: module.small}
+    if not isinstance(module.small, dict):
+        return {name: module.small}
+    return {label: make for label, make in module.small.items() if stem == name or label.split(":")[0] == name}

@@ -22,7 +22,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("key_rerotation", "dropped_equals_masked"): _MOVED,
     ("key_rerotation-ada_kv", "dropped_equals_masked"): _MOVED,
     ("streaming_llm:compact", "dropped_equals_masked"): _MOVED,
-    **{(name, "dropped_equals_masked"): "nothing is dropped, only left unread" for name in ("quest", "tidaldecode", "recycled", "tokenselect", "tokenselect:pages", "actqkv")},
+    **{(name, "dropped_equals_masked"): "nothing is dropped, only left unread" for name in ("quest", "tidaldecode", "recycled", "tokenselect", "tokenselect:pages", "actqkv", "sentencekv.reader")},
     ("merging", "dropped_equals_masked"): _FOLDED,
     ("cam", "dropped_equals_masked"): _FOLDED,
     ("cam-mean", "dropped_equals_masked"): _FOLDED,

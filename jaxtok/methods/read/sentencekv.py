@@ -1,0 +1,200 @@
+"""SentenceKV. Source: arXiv:2504.00970; zzbright1998/SentenceKV, models/sentencekv/custom_llama_sentencekv.py."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxtok.core import check, score, select
+from jaxtok.core.protocols import CacheScorer
+from jaxtok.core.reader import Reader, Sight, Traffic, attended
+from jaxtok.core.recipe import Recipe
+from jaxtok.core.reduce import segment_sum
+from jaxtok.core.registry import register
+from jaxtok.core.types import KV, Evidence, Needs, Protect
+from jaxtok.ops.read import attend_all, attend_slots
+
+CITE: dict[str, Any] = dict(
+    paper="arXiv:2504.00970",
+    title="SentenceKV: Efficient LLM Inference via Sentence-Level Semantic KV Caching",
+    authors="Yuxuan Zhu and Ali Falahati and David H. Yang and Mohammad Mohammadi Amiri",
+)
+DEAD = -2  # in Sentences.segment; -1 is a live token of no sentence
+
+
+class Sentences(NamedTuple):
+    """The sentences of a layer: finished ones by their mean key, and the one being written."""
+
+    segment: jax.Array  # i32 [b g s] sentence of each slot
+    mean: jax.Array  # [b g n d] in the keys' dtype
+    known: jax.Array  # bool [b g n] sentences that are finished and have a token here
+    open: jax.Array  # i32 [b] number of the sentence being written
+    length: jax.Array  # i32 [b] its tokens so far
+    query: jax.Array  # f32 [b h d] sum of their queries
+    key: jax.Array  # f32 [b g d] sum of their keys
+
+
+def sentencekv(*, ends: tuple[int, ...], budget: int = 1024, factor: float = 3.0, start: int = 32, recent: int = 32, **options) -> Recipe:
+    """The paper's two sites: keep factor * budget tokens, read `budget` of them. Embed with `decoder.embed(ends=recipe.reader.ends)`."""
+    reader = SentenceKV(ends=ends, budget=budget, start_tokens=start, recent=recent, **options)
+    return Recipe(cache=SentenceKVCache(capacity=int(factor * budget)), reader=reader)
+
+
+@register("sentencekv.cache", site="cache", **CITE)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentenceKVCache(CacheScorer):
+    """Keep the last `window` tokens and the keys that they attend to most, for each KV head.
+
+        score_j = max over 7 slots around j of  sum over the last 32 queries i of  mean over the h/g query heads of  A_ij
+
+    capacity = r tau in the paper (3 * 1024), the window counted in it. Official: for each query head on repeated keys.
+    """
+
+    capacity: int
+    window: int = 32
+    group: str = "mean"
+
+    def __post_init__(self):
+        check.budget("capacity", self.capacity, self.window)
+        check.one_of("group", self.group, tuple(score.REDUCTIONS))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(rows=self.window)
+
+    @property
+    def protect(self) -> Protect:  # type: ignore[override]
+        return Protect(recent=self.window)
+
+    def score(self, params, kv: KV, evidence: Evidence) -> Float[Array, "b g s"]:
+        rows = check.given("rows", evidence.rows)[:, :, -self.window :]
+        candidate = (kv.pos >= 0) & ~self.protect.mask(kv.pos, kv.seen)
+        return score.window_attention(rows, candidate, kv.k.shape[1], how=self.group, over="sum", width=7, kind="max")
+
+
+@register("sentencekv.reader", site="reader", **CITE)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentenceKV(Reader):
+    """Read whole sentences whose mean key the sentence being written asks for.
+
+        finished sentence s:   mu_s = mean of its keys that the cache holds        open sentence: q = mean of its queries so far
+        read = first `start_tokens` | last `recent` | the others in the order of their sentence's q . mu_s (group mean), each sentence
+               from its first token on, until `budget` tokens are read; the last sentence is cut short
+
+    While the open sentence has at most `threshold` tokens, and at the token that closes one, everything is attended to. A token in
+    `ends` closes a sentence; the prompt's last one ends with the prompt. Prompt tokens get their sentence from Tokens.segment
+    (`decoder.embed(ends=)`), generated ones by their ids (`decoder.step(ids=)`; the loops pass them). `sentences` caps how many mean
+    keys are held; tokens of later ones, and of none, come last. A step that is whole for one sequence takes its time for all
+    (`lax.cond`), not its rows.
+
+    variant="paper": the open sentence's tokens come before all others, so nothing is out of reach, and a budget that covers the cache
+    is full attention. "official": the slot right after the first tokens, and tokens of the open or of no sentence that are not among
+    the last, are never read in sparse steps. The official code ranks for each query head on repeated keys.
+    """
+
+    ends: tuple[int, ...] = ()
+    budget: int = 1024
+    start_tokens: int = 32
+    recent: int = 32
+    threshold: int = 1
+    sentences: int = 1024
+    variant: str = "paper"
+    group: str = "mean"
+    attends = True
+
+    def __post_init__(self):
+        for name, least in (("start_tokens", 0), ("recent", 1), ("threshold", 0), ("sentences", 1)):
+            check.at_least(name, getattr(self, name), least)
+        check.budget("budget", self.budget, self.start_tokens + self.recent)
+        check.one_of("variant", self.variant, ("paper", "official"))
+        check.one_of("group", self.group, tuple(score.REDUCTIONS))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(segment=True)
+
+    def start(self, params, layer: int, kv: KV, h: int) -> Any:
+        (b, g, s, d), n = kv.k.shape, self.sentences
+        if self.variant == "paper" and s <= self.budget:
+            return ()
+        segment = jnp.where(kv.pos >= 0, jnp.full_like(kv.pos, -1) if kv.segment is None else kv.segment, DEAD)
+        zero, none = jnp.zeros((b,), jnp.int32), jnp.zeros((b, g, n), bool)
+        state = Sentences(segment, jnp.zeros((b, g, n, d), kv.k.dtype), none, zero, zero, jnp.zeros((b, h, d)), jnp.zeros((b, g, d)))
+        return self._means(state._replace(open=jnp.maximum(jnp.max(segment, (1, 2)) + 1, 0)), kv)
+
+    def _means(self, state: Sentences, kv: KV) -> Sentences:
+        """Mean keys of all finished sentences, afresh."""
+        done = (state.segment >= 0) & (state.segment < jnp.minimum(state.open, self.sentences)[:, None, None])
+        to = jnp.where(done, state.segment, -1)
+        size = segment_sum(jnp.ones(to.shape, jnp.float32), to, self.sentences)
+        mean = segment_sum(jnp.where(done[..., None], kv.k, 0), to, self.sentences) / jnp.maximum(size, 1)[..., None]
+        return state._replace(mean=mean.astype(kv.k.dtype), known=size > 0)
+
+    def attend(
+        self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight
+    ) -> tuple[Any, Any, Array, Array]:
+        if not isinstance(state, Sentences):
+            return state, carry, *attend_all(q, pos, kv, see)
+        live, t = pos >= 0, q.shape[2]
+        closes = live & (jnp.isin(see.ids, jnp.asarray(self.ends, jnp.int32)) if see.ids is not None and self.ends else False)
+        number = state.open[:, None] + jnp.cumsum(closes, 1, dtype=jnp.int32) - closes.astype(jnp.int32)
+        at = jnp.maximum(kv.cursor - t, 0)
+        rows = jnp.broadcast_to(jnp.where(live, number, DEAD)[:, None], (*kv.pos.shape[:2], t))
+        state = state._replace(segment=lax.dynamic_update_slice_in_dim(state.segment, rows, at, 2))
+        if t > 1:  # what a chunk of a prompt leaves open goes on in the next; queries are counted from the first step on
+            state = self._means(state._replace(open=state.open + jnp.sum(closes, 1, dtype=jnp.int32)), kv)
+            return state, carry, *attend_all(q, pos, kv, see)
+        state = self._extend(state, q[:, :, 0], lax.dynamic_slice_in_dim(kv.k, at, 1, 2)[:, :, 0], live[:, 0], closes[:, 0])
+        every = state.length <= self.threshold
+        slots = self.choose(state, kv.cursor)
+        named = lambda: every[:, None, None] | select.mark(slots, kv.pos.shape[-1])
+        whole = lambda: attend_all(q, pos, kv._replace(pos=jnp.where(named(), kv.pos, -1)), see)
+        out, lse = lax.cond(jnp.any(every & live[:, 0]), whole, lambda: attend_slots(q, pos, kv, slots, see))
+        return state, carry, out, lse
+
+    def _extend(self, state: Sentences, q: Float[Array, "b h d"], k: Float[Array, "b g d"], live, closes) -> Sentences:
+        """One more token of the open sentence; where it closes it, the mean key is known and the next one is open."""
+        wide = lambda x: x[:, None, None]
+        query = state.query + jnp.where(wide(live), q.astype(jnp.float32), 0.0)
+        key = state.key + jnp.where(wide(live), k.astype(jnp.float32), 0.0)
+        length = state.length + live.astype(jnp.int32)
+        row, to = jnp.arange(live.shape[0]), jnp.where(closes, state.open, self.sentences)
+        mean = (key / wide(jnp.maximum(length, 1)).astype(jnp.float32)).astype(state.mean.dtype)
+        return state._replace(
+            mean=state.mean.at[row, :, to].set(mean, mode="drop"),
+            known=state.known.at[row, :, to].set(True, mode="drop"),
+            open=state.open + closes.astype(jnp.int32),
+            length=jnp.where(closes, 0, length),
+            query=jnp.where(wide(closes), 0.0, query),
+            key=jnp.where(wide(closes), 0.0, key),
+        )
+
+    def choose(self, state: Sentences, cursor: Int[Array, ""]) -> Int[Array, "b g m"]:
+        """The slots of a sparse step, ascending; -1 = unused."""
+        (b, g, s), n, far = state.segment.shape, self.sentences, jnp.iinfo(jnp.int32).max
+        query = (state.query / jnp.maximum(state.length, 1).astype(jnp.float32)[:, None, None]).reshape(b, g, -1, state.query.shape[-1])
+        like = score.REDUCTIONS[self.group](jnp.einsum("bgqd,bgnd->bgqn", query, state.mean.astype(jnp.float32)), axis=2)
+        rank = jnp.argsort(jnp.argsort(jnp.where(state.known, -select.finite(like), jnp.inf), -1), -1).astype(jnp.int32) + 1
+        mine, opened = state.segment, state.open[:, None, None]
+        rank = jnp.where((mine < 0) | (mine >= n), n + 1, jnp.take_along_axis(rank, jnp.clip(mine, 0, n - 1), -1))
+        first = jnp.where(mine == opened, 0, rank)
+        slot = jnp.arange(s, dtype=jnp.int32)[None, None]
+        count = jnp.sum(mine > DEAD, -1, keepdims=True, dtype=jnp.int32)
+        place = slot - (cursor - count)  # live slots are the last ones before the cursor
+        edge = (place < self.start_tokens) | (place >= count - self.recent)
+        gone = mine == DEAD
+        if self.variant == "official":
+            gone = gone | (~edge & ((first == 0) | (first > n) | (place == self.start_tokens)))
+        when = jnp.where(gone, far, jnp.where(edge, -1, first * s + slot))
+        best, slots = lax.top_k(-when, min(self.budget, s))
+        return jnp.sort(jnp.where(best > -far, slots, -1), -1)
+
+    def traffic(self, layer: int, h: int, kv: KV, hit: bool = False) -> Traffic:
+        """A sparse step (`hit`) reads the mean keys, and ranks slots by the number of their sentence: 32 bytes each; others read all."""
+        b, g, s, d = kv.k.shape
+        if not hit or (self.variant == "paper" and s <= self.budget):
+            return Traffic(0, attended(kv, h))
+        return Traffic(b * self.sentences * (g * d * kv.k.dtype.itemsize + 24 * h) + 32 * b * g * s, attended(kv, h, self.budget))
