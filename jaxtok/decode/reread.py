@@ -29,7 +29,7 @@ def request(encode: Callable[..., list[int]]) -> dict[str, tuple[int, ...]]:
 
 def prefill(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None, recipe: Recipe, *, new: int, ask=None, **options):
     """`embed` and the prefill that the recipe takes: `prefill_reread` with the options in `ask`, or the decoder's. Same returns."""
-    if recipe.passes:
+    if recipe.passes and recipe.passes[1] == "decode.prefill_reread":
         return prefill_reread(cfg, params, ids, live, recipe, new=new, **(ask or {}), **options)
     return decoder.prefill(cfg, params, decoder.embed(cfg, params, ids, live), recipe, new=new, **options)
 
@@ -95,17 +95,19 @@ def prefill_reread(
         fixed = lambda x: (jnp.broadcast_to(jnp.asarray(x, jnp.int32)[None], (b, len(x))), jnp.broadcast_to(some, (b, len(x))))
         old, known = row(start - before, before)
         parts = [fixed(request), (old, known & some), fixed(suffix), (mine, there)]
-        again = decoder.embed(cfg, params, *(jnp.concatenate(x, 1) for x in zip(*parts, strict=True)))
+        text, exist = (jnp.concatenate(x, 1) for x in zip(*parts, strict=True))
+        again = decoder.embed(cfg, params, text, exist)
         own = (tokens.pos >= start) & (tokens.pos < start + size)
         among = own | ((tokens.pos >= 0) & (tokens.pos < sinks))
         return decoder.probe(cfg, params, again, layers, needs, PLAIN, among=among, key=key, impl=impl), own
 
     first, own = read(jnp.zeros((), jnp.int32), prompt, 0)
-    peaks = [jnp.where(own[:, None], part.peak, 0.0) for (part,) in first]
+    peak = lambda seen: check.given("peak", seen.peak)
+    peaks = [jnp.where(own[:, None], peak(seen), 0.0) for (seen,) in first]
 
     def more(peaks, c):
         found, own = read(c, further, overlap)
-        return [jnp.where(own[:, None], part.peak, old) for (part,), old in zip(found, peaks, strict=True)], None
+        return [jnp.where(own[:, None], peak(seen), old) for (seen,), old in zip(found, peaks, strict=True)], None
 
     many = -(-n // size)
     if many > 1:

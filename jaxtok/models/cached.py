@@ -126,7 +126,8 @@ def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional,
             turned_q, keys = place(q, kv, past.cursor, freqs)
     see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
     out, lse = attention(turned_q, keys, kv.v, impl=impl, diagonal=diagonal, **see)
-    looked, look_lse = see, lse
+    looked: dict[str, Any] = see
+    look_lse = lse
     if among is not None:
         there = jnp.pad(among, ((0, 0), (0, n)), constant_values=True)
         looked = see | {"k_pos": jnp.where(there[:, None], kv.pos, -1)}

@@ -12,7 +12,8 @@ from jaxtok.evals import cases, compare, figures, report, ruler, tasks
 from tests.evals import tiny
 
 METHODS = ("full", "random", "streaming_llm", "h2o", "tova", "snapkv:window=4", "pyramidkv:window=4", "expected_attention", "key_diff",
-           "k_norm", "ada_kv:window=4", "quest:dense_layers=0")  # fmt: skip
+           "k_norm", "ada_kv:window=4", "chunkkv:window=4", "criticalkv:base=ada_kv,base=k_norm", "lagkv", "cur", "drop_kv:window=4",
+           "finch:window=4", "think:ratio=1", "merging:base=k_norm", "cam:window=4,base=k_norm", "kvzip:share=model", "quest:dense_layers=0")  # fmt: skip
 SMALL = compare.Options(
     methods=("full", "snapkv:window=4", "streaming_llm"), budgets=("50%", "25%"), tasks=("needle", "kv_recall"), lengths=(64, 96),
     count=3, batch=8, repeats=1,
@@ -70,6 +71,17 @@ def test_a_share_is_of_each_rows_own_tokens(result):
         if row["budget"] == "25%" and row["task"] == "kv_recall":
             tokens = row["length"] if aware else row["length"] - len("\nRemember abcdef=")
             assert 0.25 * tokens - 3 <= row["kept"] <= 0.25 * tokens + 1
+
+
+def test_a_second_reading_and_thin_keys(model):
+    """KVzip reads the context twice and keeps half; ThinK keeps all tokens in fewer bytes; SpecKV needs a draft and says so."""
+    options = dataclasses.replace(SMALL, methods=("full", "kvzip", "think:ratio=0.5,recent=4"), budgets=("50%",), tasks=("needle",), lengths=(48,))
+    full, half, thin = compare.run(*model, options).rows
+    assert half["kept"] == pytest.approx(full["kept"] / 2, abs=0.5) and thin["kept"] == full["kept"]
+    assert half["prefill_flops"] > 2 * full["prefill_flops"] > 0
+    assert 0.75 < thin["cache_bytes"] / full["cache_bytes"] < 0.9  # keys are half of the cache, most of them half as wide
+    with pytest.raises(ValueError, match=r"use decode\.prefill_lookahead"):
+        compare.run(*model, dataclasses.replace(options, methods=("speckv:window=4",)))
 
 
 def test_lengths_near_each_other_share_their_programs(model):
