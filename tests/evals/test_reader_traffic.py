@@ -14,7 +14,7 @@ import pytest
 from jaxtok.core.reader import Sight
 from jaxtok.core.types import KV
 from jaxtok.evals import cost
-from jaxtok.methods import ActQKV, Quest, RecycledAttention, SentenceKV, TidalDecode, TokenSelect
+from jaxtok.methods import ActQKV, Landmark, Quest, RecycledAttention, SentenceKV, TidalDecode, TokenSelect
 from jaxtok.ops.cache import block_slots
 from jaxtok.ops.read import attend_all, attend_slots
 
@@ -74,8 +74,8 @@ def step(method, h: int, g: int, layer: int = LAYER, hit: bool = False) -> dict[
                 lambda s, c, *a, i=i: method.attend({}, i, s, c, *a[:3], Sight(a[3]))[1], state, carry, q, pos, kv, freqs
             )
         both, gathered = counted(attend, state, carry, q, pos, kv, freqs, branch=1 - branch)
-        if not gathered:  # reads all, choosing in the same pass
-            return dict(choose=0, attend=both, copy=0, formula_choose=0, formula_attend=sum(formula))
+        if not gathered or type(method) not in READ:  # choosing and attending share a pass, or their gathers cannot be told apart
+            return dict(choose=0, attend=both - gathered, copy=gathered, formula_choose=0, formula_attend=sum(formula))
         slots = jax.ShapeDtypeStruct((1, g, READ[type(method)](method)), jnp.int32)
         alone, copied = counted(lambda q, pos, kv, slots, freqs: attend_slots(q, pos, kv, slots, Sight(freqs)), q, pos, kv, slots, freqs)
         return dict(choose=both - alone, attend=alone - copied, copy=copied, formula_choose=formula.choose, formula_attend=formula.attend)
@@ -97,6 +97,7 @@ METHODS = {
     "quest": (Quest(pages=BUDGET // 16), False, 0.15),
     "actqkv": (ActQKV(budget=BUDGET, n_init=128, n_local=256), False, 0.15),
     "sentencekv": (SentenceKV(budget=BUDGET, ends=(1, 2), sentences=800), True, 0.15),
+    "landmark": (Landmark(top_k=BUDGET // 51, share="heads"), False, 0.15),
     "recycled": (RecycledAttention(top_k=BUDGET, stride=50), True, 0.15),
     "tokenselect hit": (TokenSelect(**N_TOKENSELECT), True, 0.15),
     "tokenselect miss": (TokenSelect(**N_TOKENSELECT), False, 0.60),

@@ -22,12 +22,13 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("key_rerotation", "dropped_equals_masked"): _MOVED,
     ("key_rerotation-ada_kv", "dropped_equals_masked"): _MOVED,
     ("streaming_llm:compact", "dropped_equals_masked"): _MOVED,
-    **{(name, "dropped_equals_masked"): "nothing is dropped, only left unread" for name in ("quest", "tidaldecode", "recycled", "tokenselect", "tokenselect:pages", "actqkv", "sentencekv.reader")},
+    **{(name, "dropped_equals_masked"): "nothing is dropped, only left unread" for name in ("quest", "tidaldecode", "recycled", "tokenselect", "tokenselect:pages", "actqkv", "sentencekv.reader", "landmark")},
     ("merging", "dropped_equals_masked"): _FOLDED,
     ("cam", "dropped_equals_masked"): _FOLDED,
     ("cam-mean", "dropped_equals_masked"): _FOLDED,
     ("think", "dropped_equals_masked"): _CHANNELS,
     ("think-kvpress", "dropped_equals_masked"): _CHANNELS,
+    ("landmark", "full_budget_is_identity"): "the grouped softmax of a model trained with landmarks: plain attention is no limit of it",
     ("random", "heads_are_interchangeable"): "draws by the head's index",
 }
 
