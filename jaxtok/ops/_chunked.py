@@ -157,7 +157,7 @@ def logits(spec: Spec, x: Operands, i, j) -> tuple[jax.Array, jax.Array | None]:
         y, slope = spec.softcap * unit, 1 - unit * unit
     if x.bias is not None:
         y += take(x.bias, j, spec.block, 2)[:, :, None, None]
-    y = jnp.minimum(jnp.where(y > -MOST, y, -MOST), MOST)  # products of finite numbers may overflow; inf - inf is the lowest
+    y = bounded(y)
     see = visible(spec, take(x.q_pos, i, spec.chunk, 1), take(x.far, j, spec.block, 2), x.window)
     return jnp.where(see[:, :, None], y, -jnp.inf), slope
 
@@ -166,6 +166,11 @@ def probs(spec: Spec, x: Operands, lse: jax.Array, i, j) -> tuple[jax.Array, jax
     """Block (i, j) of the attention matrix, float32 [b g r chunk block], from the finite lse [b g r T] (see `finite`), and the slope."""
     y, slope = logits(spec, x, i, j)
     return jnp.exp(y - take(lse, i, spec.chunk, 3)[..., None]), slope
+
+
+def bounded(y: jax.Array) -> jax.Array:
+    """Logits inside the finite range: products of finite numbers may overflow, and inf - inf counts as the lowest."""
+    return jnp.minimum(jnp.where(y > -MOST, y, -MOST), MOST)
 
 
 def finite(lse: jax.Array) -> jax.Array:

@@ -8,13 +8,14 @@ from jaxtyping import Array, Float, Int
 from jaxtok.core.reader import Sight
 from jaxtok.core.reduce import gather
 from jaxtok.core.types import KV
+from jaxtok.ops._chunked import as_window, bounded, check
 from jaxtok.ops.attention import attention
 
 
 def take(x: Array, slots: Int[Array, "b e m"]) -> Array:
     """The rows [b e m ...] of the listed slots of x [b g s ...]; e = g, or h query heads that each list their own. -1 gives zeros."""
     (b, g), (e, m) = x.shape[:2], slots.shape[1:]
-    if e % g:
+    if not g or e % g:
         raise ValueError(f"slots of {e} heads cannot name those of a cache of {g} KV heads")
     return gather(x, slots.reshape(b, g, e // g * m)).reshape(b, e, m, *x.shape[3:])
 
@@ -47,16 +48,17 @@ def attend_scores(
 
     Stores t x s logits; for long t use attention and its evidence.
     """
-    (b, h, t, d), (g, s) = q.shape, kv.pos.shape[1:]
+    check(q, kv.k, pos, kv.pos, v=kv.v, bias=kv.bias, softcap=see.softcap)
+    (b, h, t, d), (g, s), window = q.shape, kv.pos.shape[1:], as_window(see.window)
     logit = jnp.einsum("bgqtd,bgsd->bgqts", q.reshape(b, g, h // g, t, d), kv.k, preferred_element_type=jnp.float32)
     logit = logit * (d**-0.5 if see.scale is None else see.scale)
     if see.softcap is not None:
         logit = see.softcap * jnp.tanh(logit / see.softcap)
     at, of = pos[:, None, None, :, None], kv.pos[:, :, None, None]
     seen = (at >= 0) & (of >= 0) & (of <= at)
-    if see.window is not None:
-        seen &= at - of < see.window
-    logit = jnp.where(seen, logit + kv.bias[:, :, None, None], -jnp.inf)
+    if window is not None:
+        seen &= at - of < window
+    logit = jnp.where(seen, bounded(logit + kv.bias[:, :, None, None]), -jnp.inf)
     top = jnp.max(logit, -1, keepdims=True)
     top = jnp.where(top > -jnp.inf, top, 0)
     mass = jnp.exp(logit - top)
