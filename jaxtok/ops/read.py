@@ -51,7 +51,7 @@ def attend_scores(
     check(q, kv.k, pos, kv.pos, v=kv.v, bias=kv.bias, softcap=see.softcap)
     (b, h, t, d), (g, s), window = q.shape, kv.pos.shape[1:], as_window(see.window)
     logit = jnp.einsum("bgqtd,bgsd->bgqts", q.reshape(b, g, h // g, t, d), kv.k, preferred_element_type=jnp.float32)
-    logit = logit * (d**-0.5 if see.scale is None else see.scale)
+    logit = logit * (d**-0.5 if see.scale is None else float(see.scale))
     if see.softcap is not None:
         logit = see.softcap * jnp.tanh(logit / see.softcap)
     at, of = pos[:, None, None, :, None], kv.pos[:, :, None, None]
