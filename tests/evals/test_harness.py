@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 import pathlib
 import sys
 import warnings
@@ -16,10 +17,12 @@ import pytest
 from jaxtok.models import blocks, load
 from tests.evals import tiny
 
+if importlib.util.find_spec("lm_eval") is None:
+    pytest.skip("the lm-evaluation-harness is not installed (the eval extra)", allow_module_level=True)
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # read when the harness is imported
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness and what it imports
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed (the eval extra)")
     from jaxtok.evals.harness import Harness
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}|{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
