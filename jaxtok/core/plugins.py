@@ -34,6 +34,8 @@ def load(what: str) -> None:
     A file is run as a module of its own, every time anew; it finds other modules where Python does, not in its own folder.
     ValueError, one line: there is no such file or module, or it fails, with the line of the file where it does.
     """
+    if not what.strip():
+        raise ValueError(f"cannot import {what!r}; give the path of a .py file, or the name of a module")
     path = pathlib.Path(what).expanduser()
     if path.suffix != ".py":
         try:

@@ -66,7 +66,7 @@ def output_norm(v: Float[Array, "b g n d"], o: Float[Array, "hd c"], power: int)
     """
     check.one_of("power", power, (1, 2))
     (b, g, n, d), (rows, c) = v.shape, o.shape
-    if rows % (g * d):
+    if not g * d or rows % (g * d):
         raise ValueError(f"an output projection of {rows} rows does not belong to {g} KV heads of {d} channels")
     by_head = jnp.swapaxes(o.astype(jnp.float32).reshape(g, -1, d, c), 0, 1)
     v = v.astype(jnp.float32)
@@ -86,15 +86,18 @@ def nearest(
     Ties: the first. Rows of zero length have similarity 0. `block` rows of x at a time: memory O(b g block m).
     """
     unit = lambda a: a / jnp.maximum(jnp.sqrt(jnp.sum(a * a, -1, keepdims=True)), 1e-6)
-    (b, g, n, d), size = x.shape, min(block, x.shape[2])
+    check.count("block", block)
+    if x.shape[:2] != y.shape[:2] or x.shape[3:] != y.shape[3:] or there.shape != y.shape[:3]:
+        raise ValueError(f"x, y, there are {[list(a.shape) for a in (x, y, there)]}; they must be [b g n d], [b g m d], [b g m]")
+    (b, g, n, d), size = x.shape, max(min(block, x.shape[2]), 1)
     y = unit(jnp.where(there[..., None], y.astype(jnp.float32), 0.0))
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, -n % size), (0, 0))).reshape(b, g, -1, size, d)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -n % size), (0, 0))).reshape(b, g, -(-n // size), size, d)
 
     def one(rows):
         like = jnp.einsum("bgnd,bgmd->bgnm", unit(rows.astype(jnp.float32)), y)
         like = jnp.where(there[:, :, None], like, -jnp.inf)
         return jnp.max(like, -1), jnp.argmax(like, -1).astype(jnp.int32)
 
-    joined = lambda a: jnp.moveaxis(a, 0, 2).reshape(b, g, -1)[..., :n]
+    joined = lambda a: jnp.moveaxis(a, 0, 2).reshape(b, g, -(-n // size) * size)[..., :n]
     like, index = lax.map(one, jnp.moveaxis(x, 2, 0))
     return joined(like), joined(index)

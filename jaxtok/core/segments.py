@@ -18,6 +18,9 @@ def chunks(pos: Int[Array, "*B n"], size: int) -> Int[Array, "*B n"]:
 
 def sentences(ids: Int[Array, "b n"], live: Bool[Array, "b n"], ends: tuple[int, ...]) -> Int[Array, "b n"]:
     """Sentence number of each live token: a token whose id is in `ends` closes its sentence; -1 where dead."""
+    check.kind("ends", ends, tuple)
+    for end in ends:
+        check.count("ends", end, 0)
     stop = (live & jnp.isin(ids, jnp.asarray(ends, ids.dtype))).astype(jnp.int32)
     before = jnp.cumsum(stop, -1) - stop
     return jnp.where(live, before, -1)
