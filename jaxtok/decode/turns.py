@@ -47,6 +47,8 @@ def begin(cfg: Config, params, recipe: Recipe = PLAIN, *, slots: int, new: int, 
     recipe.validate(cfg)
     if recipe.layers:
         raise ValueError("pruning between layers takes a prefill of its own, which a conversation does not have")
+    if recipe.passes:
+        raise ValueError(f"{recipe.passes[0]} needs more than one pass over a prompt, which a conversation does not make")
     needs = recipe.prefill_needs
     if needs.keys or needs.hidden:
         return None
@@ -75,14 +77,15 @@ def listen(
 ) -> tuple[Float[Array, "b 1 c"], Layers]:
     """Read a turn whose padding, if any, stands behind it (right) -> (the row that the reply begins from, caches).
 
-    The turn attends to all of itself and of the caches; a reader acts on the reply.
+    The turn attends to all of itself and of the caches, and a reader acts on the reply; one that needs to know sentences acts on both.
     """
     if layers is None or recipe.cache is not None or recipe.policy is not None:
         tokens = decoder.embed(cfg, params, ids, live)
         tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers, key=key, impl=impl)
         return tokens.x[:, -1:], layers
     # in place: the caches keep their size, and slots that padding has taken are given back
-    rest = recipe if cached.raw(recipe) else recipe.replace(reader=None)
+    listens = recipe.reader is not None and recipe.reader.needs.segment  # its state cannot be made anew from the caches
+    rest = recipe if listens or cached.raw(recipe) else recipe.replace(reader=None)
     before = [[part.kv.cursor for part in parts] for parts in layers]
     x, layers = decoder.step(cfg, params, blocks.embed(cfg, params, ids), live, layers, rest, key=key, ids=ids, impl=impl)
     count = jnp.sum(live, -1, dtype=jnp.int32)
@@ -92,7 +95,8 @@ def listen(
         for part, at in zip(parts, cursors, strict=True):
             kv = part.kv._replace(cursor=jnp.minimum(at + jnp.max(count), part.kv.k.shape[2]))
             own = params.get("methods", {}).get("reader", {})
-            now.append(part._replace(kv=kv, reader=() if recipe.reader is None else recipe.reader.start(own, i, kv, cfg.heads)))
+            reading = part.reader if recipe.reader is None or listens else recipe.reader.start(own, i, kv, cfg.heads)
+            now.append(part._replace(kv=kv, reader=reading))
         out.append(tuple(now))
     return jnp.take_along_axis(x, jnp.maximum(count - 1, 0)[:, None, None], 1), tuple(out)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.registry import parse_budget
-from jaxtok.decode import Sampler, turns
+from jaxtok.decode import Sampler, reread, turns
 from jaxtok.evals import cases, measure
 from jaxtok.evals.cases import Rows
 from jaxtok.models import blocks, decoder
@@ -78,6 +78,7 @@ class Model:
     budget: str = "100%"
     batch: int = 16
     seed: int = 0
+    encode: Callable[..., list[int]] | None = None  # text to ids: for methods that read the prompt twice and ask for it in words
     sizes: set = dataclasses.field(default_factory=set)  # the shapes that were compiled
 
     def __post_init__(self):
@@ -114,7 +115,8 @@ class Model:
             program = _score_at_once if plain else _score_by_steps
             recipe, keep, after = self._at(n, rows)
             params = self._learned(recipe)
-            total, greedy = map(np.asarray, program(self.cfg, recipe, params, rows, ids, live, keep, after, jax.random.key(self.seed)))
+            key = jax.random.key(self.seed)
+            total, greedy = map(np.asarray, program(self.cfg, recipe, self._ask(), params, rows, ids, live, keep, after, key))
             out |= {i: (float(total[j]), bool(greedy[j])) for j, i in enumerate(mine)}
             tick(len(mine))
         return [out[i] for i in range(len(requests))]
@@ -135,7 +137,7 @@ class Model:
         for mine, (n, _, t), rows in self._batches([prompt for prompt, _ in requests], [new for _, new in requests]):
             recipe, keep, after = self._at(n, rows)
             params, key = self._learned(recipe), jax.random.key(self.seed)
-            x, layers = _begin_jit(self.cfg, recipe, t, params, rows, keep, after, key)
+            x, layers = _begin_jit(self.cfg, recipe, self._ask(), t, params, rows, keep, after, key)
             running = np.arange(self.batch) < len(mine)
             said: Any = turns.Said.start(x)._replace(running=jnp.asarray(running))
             ids, most = [[] for _ in mine], [requests[i][1] for i in mine]
@@ -157,6 +159,9 @@ class Model:
         """(recipe, traced budgets of the prefill, and of the steps after it) for contexts of up to n tokens."""
         recipe, size, slots = self.recipe(n)
         return (recipe, *measure.keeps(recipe, None if size is None else cases.keep(size, rows.live), slots))
+
+    def _ask(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return () if self.encode is None else tuple(reread.request(self.encode).items())
 
     def _learned(self, recipe: Recipe) -> Any:
         own = recipe.init_params(jax.random.key(self.seed), self.cfg)
@@ -185,10 +190,10 @@ def up(n: int) -> int:
     return size * 3 // 4 if size > cases.BUCKET and n <= size * 3 // 4 else size
 
 
-def _begin(cfg: Config, recipe: Recipe, room: int, params, rows: Rows, keep, after, key) -> tuple[Any, Any]:
-    """(the row whose logits say what comes first, caches with `room` slots)."""
-    tokens = decoder.embed(cfg, params, rows.ids, rows.live)
-    tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=room if rows.ask is None else 0, keep=keep, key=key)
+def _begin(cfg: Config, recipe: Recipe, again, room: int, params, rows: Rows, keep, after, key) -> tuple[Any, Any]:
+    """(the row whose logits say what comes first, caches with `room` slots); `again`: options of a prefill that reads twice."""
+    new = room if rows.ask is None else 0
+    tokens, layers = reread.prefill(cfg, params, rows.ids, rows.live, recipe, new=new, ask=dict(again), keep=keep, key=key)
     if rows.ask is not None:
         tokens, layers = measure._ask(cfg, recipe.replace(cache=None), room, params, rows.ask, rows.ask_live, layers, after, key)
     return tokens.x[:, -1:], layers
@@ -201,8 +206,8 @@ def _likelihood(cfg: Config, params, x, ids) -> tuple[Any, Any]:
     return logp, jnp.argmax(logits, -1) == ids
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score_at_once(cfg: Config, recipe: Recipe, params, rows: Rows, ids, live, keep, after, key):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _score_at_once(cfg: Config, recipe: Recipe, again, params, rows: Rows, ids, live, keep, after, key):
     """The whole in one pass, without a method: the last `live` ids of each row are the continuation, `ids` repeats them (left-padded)."""
     tokens = decoder.embed(cfg, params, rows.ids, rows.live)
     tokens, _ = decoder.prefill(cfg, params, tokens, recipe, new=0)
@@ -212,22 +217,23 @@ def _score_at_once(cfg: Config, recipe: Recipe, params, rows: Rows, ids, live, k
     return jnp.sum(jnp.where(live.T, logp, 0.0), 0), jnp.all(best | ~live.T, 0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score_by_steps(cfg: Config, recipe: Recipe, params, rows: Rows, ids, live, keep, after, key):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _score_by_steps(cfg: Config, recipe: Recipe, again, params, rows: Rows, ids, live, keep, after, key):
     """A prefill, and the continuation (right-padded) one token after another."""
-    x, layers = _begin(cfg, recipe, ids.shape[1], params, rows, keep, after, key)
+    x, layers = _begin(cfg, recipe, again, ids.shape[1], params, rows, keep, after, key)
     later = recipe.replace(cache=None)
 
     def one(state, row):
         (x, layers, i), (token, alive) = state, row
         found = _likelihood(cfg, params, x[:, 0], token)
         y = blocks.embed(cfg, params, token[:, None])
-        y, layers = decoder.step(cfg, params, y, alive[:, None], layers, later, keep=after, key=jax.random.fold_in(key, i))
+        own = jax.random.fold_in(key, i)
+        y, layers = decoder.step(cfg, params, y, alive[:, None], layers, later, keep=after, key=own, ids=token[:, None])
         return (jnp.where(alive[:, None, None], y, x), layers, i + 1), found
 
     _, (logp, best) = jax.lax.scan(one, (x, layers, jnp.zeros((), jnp.int32)), (ids.T, live.T))
     return jnp.sum(jnp.where(live.T, logp, 0.0), 0), jnp.all(best | ~live.T, 0)
 
 
-_begin_jit = jax.jit(_begin, static_argnums=(0, 1, 2))
+_begin_jit = jax.jit(_begin, static_argnums=(0, 1, 2, 3))
 _speak_jit = jax.jit(turns.speak, static_argnums=(0, 4), static_argnames=("most", "sampler"), donate_argnums=(3,))

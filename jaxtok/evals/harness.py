@@ -84,7 +84,9 @@ class Harness(TemplateLM):
         if tokenizer is None:
             raise ValueError(f"{model} has no tokenizer (tokenizer.json, or tokenizer.bin beside a llama2.c file)")
         method = method.replace(";", ",") if isinstance(method, str) else method
-        self.model = batched.Model(cfg=cfg, params=params, method=method, budget=str(budget), batch=int(batch_size), seed=seed)
+        self.model = batched.Model(
+            cfg=cfg, params=params, method=method, budget=str(budget), batch=int(batch_size), seed=seed, encode=tokenizer.encode
+        )
         self.text, self.name, self.question, self.max_gen_toks = tokenizer, model, question, max_gen_toks
         self.max_length = cfg.context if max_length is None else max_length
 

@@ -28,6 +28,7 @@ RECIPES = {
     "rerotated": Recipe(cache=build("key_rerotation:base=k_norm", 9)),
     **{spec: Recipe(policy=build(spec, 9)) for spec in ("h2o", "tova", "streaming_llm:compact=true")},
     "quest": Recipe(reader=build("quest:pages=2,block=4", 9)),
+    "sentences": Recipe(reader=build("sentencekv.reader:ends=3+4,budget=12,start_tokens=2,recent=4", 9)),
     "both": Recipe(cache=build("snapkv:window=4", 9), reader=build("quest:pages=2,block=4", 9)),
 }
 
@@ -77,7 +78,7 @@ def at_once(params, recipe, ids, live):
     return generate(CFG, params, tokens, layers, recipe, new=NEW, eos=()).ids
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "sentences"])  # which reads the turn sparsely too
 def test_a_turn_is_a_prefill_and_a_generation(params, name):
     """Ragged: 16 and 11 tokens; rows of a batch share a cursor, so the shorter one leaves dead slots."""
     ids, live = ids_of(1, 16, 11)
@@ -103,7 +104,7 @@ def test_turns_equal_the_whole_text(params):
     assert talk.traces == dict(listen=1, speak=1)
 
 
-@pytest.mark.parametrize("name", ["snapkv", "h2o", "quest"])
+@pytest.mark.parametrize("name", ["snapkv", "h2o", "quest", "sentences"])
 def test_later_turns_compile_nothing_and_keep_the_capacity(params, name):
     talk = Talk(params, RECIPES[name])
     shape = jax.tree.map(jnp.shape, talk.layers)
@@ -151,6 +152,8 @@ def test_refused(params):
     with pytest.raises(ValueError, match=r"temperature 1\.0 needs key="):
         layers = turns.begin(CFG, params, slots=8, new=1)
         turns.speak(CFG, params, turns.Said.start(jnp.zeros((1, 1, 16))), layers, most=1, left=1, sampler=Sampler(temperature=1.0))
+    with pytest.raises(ValueError, match="kvzip needs more than one pass over a prompt, which a conversation does not make"):
+        Talk(params, Recipe(cache=build("kvzip", 9)))
     talk = Talk(params, RECIPES["rerotated"])
     talk(*ids_of(9, 12))
     with pytest.raises(ValueError, match="they are not kept after a prefill"):

@@ -71,6 +71,16 @@ def test_with_a_method_a_row_of_a_batch_is_itself_alone(spec):
     agree(model(recipe).likelihoods(asked), [alone(recipe, *r) for r in asked])
 
 
+def test_a_method_that_reads_the_prompt_twice():
+    """KVzip at a budget that covers the prompt is the full cache; below it, only the first token (of the prefill itself) is as likely."""
+    encode = lambda text, special: [ord(c) % 40 for c in text]
+    one, many = REQUESTS[1:3]
+    full = model().likelihoods([one, many])
+    agree(model("kvzip", "100%", encode=encode).likelihoods([one, many]), full)
+    small = model("kvzip", "25%", encode=encode).likelihoods([one, many])
+    assert small[0][0] == pytest.approx(full[0][0], abs=1e-4) and abs(small[1][0] - full[1][0]) > 1e-2
+
+
 def test_a_share_is_of_each_context():
     """25% of 40 tokens keep 10, in a bucket of 48 whose slots are 12; of 16 tokens 4."""
     for prompt, said, keep in ((PROMPTS[3], SAID[3], 10), (PROMPTS[2], SAID[2], 4)):
