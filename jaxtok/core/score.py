@@ -9,14 +9,19 @@ from jaxtok.core import check
 REDUCTIONS = {"mean": jnp.mean, "max": jnp.max, "sum": jnp.sum}
 
 
-def to_kv_heads(x: Float[Array, "b h *rest"], g: int, how: str = "mean") -> Float[Array, "b g *rest"]:
-    """Reduce over the h/g query heads that read the same KV head (query head i reads i // (h/g))."""
-    check.one_of("how", how, tuple(REDUCTIONS))
+def grouped(x: Float[Array, "b h *rest"], g: int) -> Float[Array, "b g q *rest"]:
+    """The q = h/g query heads of each KV head together: query head i reads KV head i // (h/g)."""
     check.count("g", g)
     b, h = x.shape[:2]
     if h % g:
         raise ValueError(f"{h} query heads cannot share {g} KV heads")
-    return REDUCTIONS[how](x.astype(jnp.float32).reshape((b, g, h // g, *x.shape[2:])), axis=2)
+    return x.reshape(b, g, h // g, *x.shape[2:])
+
+
+def to_kv_heads(x: Float[Array, "b h *rest"], g: int, how: str = "mean") -> Float[Array, "b g *rest"]:
+    """Reduce over the h/g query heads that read the same KV head (query head i reads i // (h/g))."""
+    check.one_of("how", how, tuple(REDUCTIONS))
+    return REDUCTIONS[how](grouped(x.astype(jnp.float32), g), axis=2)
 
 
 def pool(x: Float[Array, "*B n"], width: int, kind: str = "avg") -> Float[Array, "*B n"]:

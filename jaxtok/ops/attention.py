@@ -85,7 +85,7 @@ def attention(
     dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"out_dtype is {dtype}; it must be a floating dtype")
-    if not q.size or not k.size:  # nothing to read, or nobody to read it
+    if not q.size or not k.size or not v.size:  # nothing to read, or nobody to read it
         return jnp.zeros((*q.shape[:3], v.shape[3]), dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
     return _jitted(spec, dtype, *level(q, k, v, q_pos, k_pos, bias, as_window(window)))

@@ -74,6 +74,6 @@ class CUR(CacheScorer):
         square = jnp.sum(x * x, -1)
         if self.local is None:
             return square
-        runs = jnp.pad(square, ((0, 0), (0, 0), (0, -n % self.local))).reshape(b, g, -1, self.local)
+        runs = jnp.pad(square, ((0, 0), (0, 0), (0, -n % self.local))).reshape(b, g, -(-n // self.local), self.local)
         total = jnp.sum(runs, -1, keepdims=True)
-        return (runs / jnp.where(total > 0, total, 1.0)).reshape(b, g, -1)[..., :n]
+        return (runs / jnp.where(total > 0, total, 1.0)).reshape(b, g, -(-n // self.local) * self.local)[..., :n]

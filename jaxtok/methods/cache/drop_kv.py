@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from jaxtok.core import check
 from jaxtok.core.protocols import CacheScorer
 from jaxtok.core.registry import register
+from jaxtok.core.score import grouped
 from jaxtok.core.types import KV, Evidence, Needs, Protect
 
 
@@ -57,7 +58,7 @@ class DropKV(CacheScorer):
 
     def score(self, params, kv: KV, evidence: Evidence) -> Float[Array, "b g s"]:
         rows = check.given("rows", evidence.rows)[:, :, -self.window :].astype(jnp.float32)
-        (b, g, s, _), h = kv.k.shape, rows.shape[1]
+        b, g, s, _ = kv.k.shape
         v = jnp.where((kv.pos >= 0)[..., None], kv.v.astype(jnp.float32), 0.0)[:, :, None]  # [b g 1 s c]
 
         def add(total, p):  # p [b g q s]: one query of each head
@@ -65,5 +66,5 @@ class DropKV(CacheScorer):
             gap = jnp.sum((v - out[:, :, :, None]) ** 2, -1)
             return total + jnp.sum((p / jnp.maximum(1.0 - p, 1e-6)) ** 2 * gap, 2), None
 
-        each = jnp.moveaxis(rows.reshape(b, g, h // g, rows.shape[2], s), 3, 0)
+        each = jnp.moveaxis(grouped(rows, g), 3, 0)
         return jax.lax.scan(add, jnp.zeros((b, g, s), jnp.float32), each)[0]

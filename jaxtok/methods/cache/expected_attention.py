@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxtok.core import check, select
 from jaxtok.core.protocols import CacheScorer
 from jaxtok.core.registry import register
+from jaxtok.core.score import grouped
 from jaxtok.core.types import KV, Evidence, Needs, Protect
 
 
@@ -62,7 +63,7 @@ class ExpectedAttention(CacheScorer):
 
     def score(self, params, kv: KV, evidence: Evidence) -> Float[Array, "b g s"]:
         mean, cov = check.given("queries", evidence.queries)
-        (b, g, _, d), h = kv.k.shape, mean.shape[1]
+        _, g, _, d = kv.k.shape
         scale = d**-0.5 if self.scale is None else self.scale
         if evidence.freqs is not None:
             turn = mean_rotation(kv.seen + kv.delta, evidence.freqs, self.future, d)
@@ -70,9 +71,9 @@ class ExpectedAttention(CacheScorer):
             cov = jnp.einsum("bij,bhjk,blk->bhil", turn, cov, turn)
         scored = ((kv.pos >= 0) & ~self.protect.mask(kv.pos, kv.seen))[:, :, None]
         k = jnp.where(scored[:, :, 0, :, None], kv.k.astype(jnp.float32), 0.0)
-        z = scale * jnp.einsum("bgqd,bgsd->bgqs", mean.reshape(b, g, h // g, d), k)
+        z = scale * jnp.einsum("bgqd,bgsd->bgqs", grouped(mean, g), k)
         if self.covariance:
-            spread = jnp.einsum("bgqde,bgse->bgqsd", cov.reshape(b, g, h // g, d, d), k)
+            spread = jnp.einsum("bgqde,bgse->bgqsd", grouped(cov, g), k)
             z = z + scale**2 / 2 * jnp.einsum("bgqsd,bgsd->bgqs", spread, k)
         share = jax.nn.softmax(jnp.where(scored, z + kv.bias[:, :, None], select.NEG), -1)
         share = jnp.mean(share, 2)

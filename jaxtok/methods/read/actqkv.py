@@ -12,6 +12,7 @@ from jaxtok.core import check, select
 from jaxtok.core.reader import Reader, Sight, Traffic, attended
 from jaxtok.core.reduce import gather
 from jaxtok.core.registry import register
+from jaxtok.core.score import grouped
 from jaxtok.core.types import KV, KeyIndex
 
 
@@ -154,8 +155,8 @@ class ActQKV(Reader):
 
     def blocks(self, probe: Float[Array, "b h d"], mean: Float[Array, "b g p d"], candidate: Bool[Array, "b g p"]) -> Float[Array, "b g p"]:
         """Share of each candidate block; 0 elsewhere."""
-        (b, h, d), g = probe.shape, mean.shape[1]
-        logit = jnp.einsum("bgqd,bgpd->bgqp", probe.reshape(b, g, h // g, d), lax.stop_gradient(mean).astype(jnp.float32)) * d**-0.5
+        g, d = mean.shape[1], mean.shape[3]
+        logit = jnp.einsum("bgqd,bgpd->bgqp", grouped(probe, g), lax.stop_gradient(mean).astype(jnp.float32)) * d**-0.5
         logit = jnp.where(candidate[:, :, None], logit, select.NEG)
         mass = jnp.where(candidate[:, :, None], jnp.exp(logit - jnp.max(logit, -1, keepdims=True)), 0.0)
         return jnp.mean(mass / jnp.maximum(jnp.sum(mass, -1, keepdims=True), 1e-30), 2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxtok.core import check
+from jaxtok.core import check, score
 from jaxtok.core.reader import Reader, Sight, Traffic, attended
 from jaxtok.core.registry import register
 from jaxtok.core.rotary import rotate_by, turn
@@ -88,7 +88,7 @@ class Landmark(Reader):
         at = jnp.broadcast_to(jnp.where(order < kv.seen[:, None], order + first[:, None], -1)[:, None], (b, g, near * size))
         ids = jnp.broadcast_to((order - n[:, None] * size + base[:, None])[:, None], at.shape)
         close = turn(take(kv.k, at).astype(jnp.float32), ids, see.freqs)
-        x_near = jnp.einsum("bgjtd,bgmd->bgjtm", q.reshape(b, g, h // g, t, d), close).reshape(b, h, t, near, size) * scale
+        x_near = jnp.einsum("bgjtd,bgmd->bgjtm", score.grouped(q, g), close).reshape(b, h, t, near, size) * scale
         mine = (order.reshape(b, 1, near, size)[..., 0] // size) == (pos // size)[..., None]  # [b t near]
         ok_near = (order[:, None] <= pos[..., None]) & (order < kv.seen[:, None])[:, None]
 
@@ -108,14 +108,14 @@ class Landmark(Reader):
 
     def retrieve(self, q: Float[Array, "b h t d"], pos, kv: KV, first, n, k: int, scale, freqs) -> Int[Array, "b e t k"]:
         """The blocks that each query (rotated) retrieves, oldest first; -1 where there are fewer. e = g where all heads retrieve alike."""
-        (b, h, t, d), g, size = q.shape, kv.pos.shape[1], self.block
+        (b, h, t, _), g, size = q.shape, kv.pos.shape[1], self.block
         i = jnp.arange(self._most(kv), dtype=jnp.int32)[None]
         known = i < n[:, None]
         slot = jnp.where(known, first[:, None] + i * size + size - 1, -1)
         stand = jnp.where((n <= k)[:, None], i, jnp.maximum(i - (n - k)[:, None] + 1, 0)) * size + size - 1
         wide = lambda x: jnp.broadcast_to(x[:, None], (b, g, x.shape[1]))
         keys = turn(take(kv.k, wide(slot)).astype(jnp.float32), wide(stand), freqs)
-        logit = jnp.einsum("bgjtd,bgnd->bgjtn", q.reshape(b, g, h // g, t, d), keys).reshape(b, h, t, -1) * scale
+        logit = jnp.einsum("bgjtd,bgnd->bgjtn", score.grouped(q, g), keys).reshape(b, h, t, -1) * scale
         logit = jnp.where(known[:, None, None], logit, -jnp.inf)
         top = jnp.max(logit, -1, keepdims=True, initial=-jnp.inf)
         mass = jnp.exp(logit - jnp.where(top > -jnp.inf, top, 0.0))

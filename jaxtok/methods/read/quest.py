@@ -80,7 +80,7 @@ class Quest(Reader):
         count = max(3, self.pages)
         if not isinstance(state, Pages) or t > 1 or s <= count * self.block:
             return state, carry, None
-        query = q.astype(jnp.float32).reshape(b, g, h // g, d)
+        query = score.grouped(q[:, :, 0].astype(jnp.float32), g)
         bound = jnp.einsum("bgqd,bgpd->bgqp", jnp.maximum(query, 0), state.high.astype(jnp.float32))
         bound = bound + jnp.einsum("bgqd,bgpd->bgqp", jnp.minimum(query, 0), state.low.astype(jnp.float32))
         bound = score.to_kv_heads(bound.reshape(b, h, -1), g, self.group)

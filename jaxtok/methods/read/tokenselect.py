@@ -145,8 +145,8 @@ class TokenSelect(Reader):
 
     def vote(self, probe: Float[Array, "b h d"], k: Float[Array, "b g s d"], middle: Bool[Array, "b s"]) -> Float[Array, "b s"]:
         """Votes of all heads for the slots of the middle; -1 elsewhere."""
-        (b, h, d), g = probe.shape, k.shape[1]
-        logit = jnp.einsum("bgqd,bgsd->bgqs", probe.reshape(b, g, h // g, d), lax.stop_gradient(k).astype(jnp.float32))
+        g = k.shape[1]
+        logit = jnp.einsum("bgqd,bgsd->bgqs", score.grouped(probe, g), lax.stop_gradient(k).astype(jnp.float32))
         logit = jnp.where(middle[:, None, None], logit, select.NEG)
         top = jnp.max(logit, -1, keepdims=True)
         mass = jnp.where(middle[:, None, None], jnp.exp(logit - top), 0.0)

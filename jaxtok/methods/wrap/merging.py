@@ -72,7 +72,7 @@ class Merging(Wrapper):
         joins = select.choose(like, gone & (like >= self.threshold), jnp.maximum(fits, 0))
         v = jnp.where((kv.pos >= 0)[..., None], kv.v.astype(jnp.float32), 0.0)
         mine = left.v.astype(jnp.float32)
-        length = lambda x: jnp.sqrt(jnp.sum(x * x, -1))
+        length = lambda x: jnp.minimum(jnp.sqrt(jnp.sum(x * x, -1)), 1e30)  # squares may overflow
         own = length(v)
         w = jnp.where(joins, jnp.maximum(like, 0.0), 0.0) * own / (own + gather(length(mine), target) + 1e-6)
         into = jnp.where(joins, target, -1)
