@@ -220,7 +220,7 @@ def test_pickles_run_nothing(good, tmp_path, capsys):
 
 
 def test_no_checkpoint_at_all(tmp_path, capsys):
-    for path in (tmp_path, tmp_path / "gone", "/dev/null", "no\nnewlines\nplease", "", "a" * 5000):
+    for path in (tmp_path, tmp_path / "gone", "/dev/null", "no\nnewlines\nplease", "", "a" * 5000, "~nobody/model"):
         refused(path, capsys)
 
 

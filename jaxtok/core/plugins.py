@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import pathlib
 import sys
 import traceback
@@ -36,7 +37,7 @@ def load(what: str) -> None:
     """
     if not what.strip():
         raise ValueError(f"cannot import {what!r}; give the path of a .py file, or the name of a module")
-    path = pathlib.Path(what).expanduser()
+    path = pathlib.Path(os.path.expanduser(what))  # pathlib's raises for ~nobody
     if path.suffix != ".py":
         try:
             importlib.import_module(what)

@@ -37,7 +37,7 @@ def read(path: str | os.PathLike[str], like: Any = None) -> Any:
     another extension than Flax's, sizes that disagree, duplicate keys, trees too deep or too large; with `like` all missing,
     unexpected and misshaped arrays together.
     """
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     if not path.is_file():
         what = "is a directory; give the msgpack file" if path.is_dir() else "does not exist"
         raise ValueError(f"no Flax msgpack checkpoint: {path} {what}")

@@ -29,6 +29,7 @@ _CHAT_FILES = ["tokenizer_config.json", "chat_template.jinja", "chat_template.js
 _HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", *_CHAT_FILES]
 EMBEDDED = "embedded"
 _SHARD_BYTES = 4 * 2**30
+MOST_NAMES = 20  # tensors that one error lists
 
 
 def load(
@@ -70,7 +71,7 @@ def load(
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
     """Where a checkpoint is: a local path, the model of the package for "embedded", or the local snapshot of a hub id."""
-    where = pathlib.Path(path).expanduser()
+    where = pathlib.Path(os.path.expanduser(path))  # pathlib's raises for ~nobody
     if where.exists():
         return where
     name = os.fspath(path)
@@ -175,7 +176,7 @@ def _load_hf(folder: pathlib.Path, dtype: Any, place: Any, progress: Progress | 
     if generation.is_file():  # chat models list their end-of-turn ids here only
         eos = _json(generation).get("eos_token_id")
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if ids and all(type(i) is int for i in ids):
+        if ids and all(hf.is_id(i) for i in ids):
             cfg = dataclasses.replace(cfg, eos=tuple(ids))
     table = hf.table(cfg)
     params: Params = {"layers": tuple({} for _ in range(cfg.layers))}
@@ -214,7 +215,8 @@ def _check(folder: pathlib.Path, cfg: Config, table: Any, home: dict[str, Any]) 
             wrong.append(f"{name} is {kind} {list(got)}, should be {'/'.join(_FLOATS)} {list(want)}")
     missing = [name for name in table if name not in home]
     extra = sorted(name for name in home if name not in table and not hf.ignorable(name, cfg))
-    said = [f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("unexpected", extra), ("misshaped", wrong)) if names]
+    some = lambda names: ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+    said = [f"{what}: {some(names)}" for what, names in (("missing", missing), ("unexpected", extra), ("misshaped", wrong)) if names]
     if said:
         raise ValueError(f"{folder}: the tensors do not fit a {cfg.family} model of its config.json; {'; '.join(said)}")
 
@@ -257,7 +259,7 @@ def save(path: str | os.PathLike[str], cfg: Config, params: Params, tokenizer: T
 
     params: layers as a tuple or stacked. Existing files of that name are replaced; a directory with other weights in it is a ValueError.
     """
-    folder = pathlib.Path(path).expanduser()
+    folder = pathlib.Path(os.path.expanduser(path))
     config = hf.config_to_hf(cfg)
     layers = params["layers"]
     pick = lambda at: (layers[at[2]][at[1]] if isinstance(layers, dict) else layers[at[1]][at[2]]) if at[0] == "layers" else params[at[0]]
