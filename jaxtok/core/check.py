@@ -65,6 +65,14 @@ def budget(name: str, capacity, protected: int = 0) -> None:
         raise ValueError(f"{name}={capacity} has no room for the {protected} protected rows; raise {name} or protect fewer")
 
 
+def cache(kv) -> None:
+    """ValueError unless the arrays of a cache agree on batch, KV heads (at least one) and slots."""
+    shape = kv.pos.shape
+    if len(shape) != 3 or not shape[1] or any(x.ndim != 4 or x.shape[:3] != shape for x in (kv.k, kv.v)) or kv.bias.shape != shape:
+        shapes = [list(x.shape) for x in (kv.k, kv.v, kv.pos, kv.bias)]
+        raise ValueError(f"k, v, pos, bias of a cache are {shapes}; they must be [b g s d], [b g s d], [b g s], [b g s] with g >= 1")
+
+
 def given(name: str, value):
     """`value`, or ValueError where it is None: evidence that a method's `needs` asks for was not handed to it."""
     if value is None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtok.core import budget, reduce, select
+from jaxtok.core import budget, check, reduce, select
 from jaxtok.core.types import KV, BlockTable, Evidence, Frozen, Needs, Plan, Protect, Tokens, live_count
 
 
@@ -95,6 +95,7 @@ class CacheCompressor(Method):
 
     def compress(self, params, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Evidence]:
         """The compressed cache, and the evidence of what stayed."""
+        check.cache(kv)
         if keep is None and self.whole(kv.pos.shape[-1]):
             return kv, evidence
         plan = self.plan(params, kv, evidence, keep)
@@ -116,6 +117,7 @@ class CacheScorer(CacheCompressor):
         raise NotImplementedError(f"{type(self).__name__} must score")
 
     def plan(self, params, kv: KV, evidence: Evidence, keep=None) -> Plan:
+        check.cache(kv)
         return top_slots(kv, self.score(params, kv, evidence), self.protect.mask(kv.pos, kv.seen), self.capacity, keep)
 
 
@@ -124,6 +126,7 @@ def top_slots(kv: KV, score: Float[Array, "b g s"], safe: Bool[Array, "b g s"], 
 
     Safe slots stay even where `keep` is smaller than their number.
     """
+    check.cache(kv)
     live, cap = kv.pos >= 0, min(capacity, kv.pos.shape[-1])
     safe = safe & live
     room = jnp.maximum(budget.per_head(keep, kv.pos.shape[:2], cap) - jnp.sum(safe, -1, dtype=jnp.int32), 0)
@@ -187,6 +190,7 @@ def vacate(policy: CachePolicy, params, state: Held, kv: KV, keep=None) -> tuple
 
     The spare slot at the cursor, whither the cursor returns, is dead afterwards. Also returns the slots that were taken.
     """
+    check.cache(kv)
     if kv.pos.shape[-1] <= policy.capacity:
         raise ValueError(f"{policy.name} needs a spare slot beside its {policy.capacity}; this cache has {kv.pos.shape[-1]} slots")
     keep = budget.per_head(keep, kv.pos.shape[:2], policy.capacity)

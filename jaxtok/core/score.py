@@ -73,7 +73,7 @@ def output_norm(v: Float[Array, "b g n d"], o: Float[Array, "hd c"], power: int)
     (b, g, n, d), (rows, c) = v.shape, o.shape
     if not g * d or rows % (g * d):
         raise ValueError(f"an output projection of {rows} rows does not belong to {g} KV heads of {d} channels")
-    by_head = jnp.swapaxes(o.astype(jnp.float32).reshape(g, -1, d, c), 0, 1)
+    by_head = jnp.swapaxes(o.astype(jnp.float32).reshape(g, rows // (g * d), d, c), 0, 1)
     v = v.astype(jnp.float32)
 
     def one(w):

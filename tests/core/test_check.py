@@ -1,7 +1,9 @@
 """Every check names the value and the cure."""
 
 import math
+import types
 
+import numpy as np
 import pytest
 
 from jaxtok.core import check
@@ -39,6 +41,17 @@ def test_numbers_and_kinds():
     check.kind("x", 1, int)
     with pytest.raises(TypeError, match=r"x must be a int, got 1\.5"):
         check.kind("x", 1.5, int)
+
+
+def test_cache():
+    def kv(**changed):
+        shapes = dict(k=(2, 3, 4, 5), v=(2, 3, 4, 6), pos=(2, 3, 4), bias=(2, 3, 4)) | changed
+        return types.SimpleNamespace(**{name: np.zeros(shape) for name, shape in shapes.items()})
+
+    check.cache(kv())
+    for bad in (dict(k=(2, 3, 5, 5)), dict(v=(2, 3, 4)), dict(pos=(2, 4)), dict(bias=(2, 3, 1)), dict(k=(2, 0, 4, 5), v=(2, 0, 4, 5), pos=(2, 0, 4), bias=(2, 0, 4))):  # fmt: skip
+        with pytest.raises(ValueError, match="k, v, pos, bias of a cache are"):
+            check.cache(kv(**bad))
 
 
 def test_one_of():
