@@ -101,7 +101,6 @@ def test_places_of_a_pruner():
 
 def test_sites_that_a_decoder_does_not_take():
     refused("site 'edits'", edits=(Edit(),))
-    refused("site 'heads'", heads=((0, 1),))
 
 
 def test_keys_stored_unrotated_and_who_cannot_live_with_them():
