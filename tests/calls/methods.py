@@ -1,0 +1,166 @@
+"""Calls of the registered methods: what each does to a cache by itself, and its constructor."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import strategies as st
+
+from jaxtok.core import protocols, reduce, registry
+from jaxtok.core.reader import Sight
+from jaxtok.core.types import Protect
+from jaxtok.ops import cache
+from tests.calls.cases import INTS, LEAST, METHODS, PLAIN, REALS, Case, case, small, usually
+from tests.calls.core import CFG
+from tests.calls.values import Sizes
+
+
+def made(s: Sizes, make: Callable[[int], Any]) -> Any:
+    """The method of this set, as a layer's instance where it has such."""
+    method = make(max(s.m, LEAST))
+    return method.layer(s.i % 2, 2) if hasattr(method, "layer") else method
+
+
+def learned(method: Any) -> Any:
+    return method.init_params(jax.random.key(0), CFG)
+
+
+def compress(make):
+    def build(s):
+        method = made(s, make)
+        window = max(method.needs.rows, method.needs.turned, s.w)
+        s = s._replace(w=window)
+
+        def fn(kv, evidence, keep=None):
+            return method.freeze(learned(method), *method.compress(learned(method), kv, evidence, keep))
+
+        keep = lambda v: {"keep": v.keep(*s.one((s.b, 1), (s.b, s.g), ()))} if s.i % 3 else {}
+        return Case(fn, lambda v: {"kv": resized(v, s).kv(), "evidence": resized(v, s).evidence()} | keep(v))
+
+    return build
+
+
+def resized(v, s):
+    v.s = s
+    return v
+
+
+def fit(make):
+    def build(s):
+        method = made(s, make)
+
+        def fn(kv, evidence, keep):
+            state = method.start(learned(method), kv, evidence)
+            plan = method.fit(learned(method), state, kv, evidence, keep)
+            return reduce.reduce_kv(plan, kv), jax.tree.map(lambda x: reduce.gather(x, plan.index), state.slots)
+
+        return Case(fn, lambda v: {"kv": v.kv(), "evidence": v.evidence(), "keep": v.keep(s.b, 1)})
+
+    return build
+
+
+def step(make):
+    def build(s):
+        method = made(s, make)
+        slots = method.capacity + method.every
+
+        def fn(kv, evidence, row, bias, pos, keep):
+            own = learned(method)
+            state = method.start(own, kv, evidence)
+            kv = cache.append(kv._replace(cursor=jnp.full((), method.capacity, jnp.int32)), row, row, pos, bias)
+            kv = kv._replace(seen=jnp.maximum(kv.seen, pos[:, 0] + 1))
+            return protocols.vacate(method, own, method.observe(own, state, kv, evidence), kv, keep)
+
+        def arrays(v):
+            kv = v.kv(slots, packed=False)
+            pos = np.where(v.mask(s.b, 1), kv.seen[:, None], -1).astype(np.int32)
+            rows = {"row": v.rows(s.b, s.g, 1, s.d), "bias": v.floats(s.b, s.g, 1), "pos": pos}
+            return rows | {"kv": kv, "evidence": v.evidence(slots), "keep": v.keep(s.b, s.g)}
+
+        return Case(fn, arrays)
+
+    return build
+
+
+def read(make):
+    def build(s):
+        method = make(max(s.m, LEAST))
+        slots, t = -(-(s.n + 1) // method.block) * method.block, s.one(1, 1, 2)
+
+        def fn(kv, q, pos, slot, ids, freqs):
+            out, states, carry = [], [], None
+            for layer in range(3):
+                state = method.start({}, layer, kv, s.h)
+                bare = kv._replace(segment=None) if hasattr(kv, "segment") else kv
+                state = method.update({}, state, bare, slot)
+                see = Sight(freqs, s.one(None, 5), s.one(None, 30.0), None, "auto", ids)
+                look = method.attend if method.attends else method.read
+                state, carry, *rest = look({}, layer, state, carry, q, pos, bare, see)
+                states.append(state)
+                if method.attends:
+                    out.append((rest[0], jnp.where(jnp.isneginf(rest[1]), 0, rest[1])))
+                elif rest[0] is not None:
+                    bad = (rest[0].index < -1) | (rest[0].index >= slots // method.block)
+                    out.append((rest[0], jnp.where(jnp.any(bad), jnp.nan, 0.0)))  # a block that is not there
+            return out, method.finish({}, tuple(states), carry)
+
+        def arrays(v):
+            kv = v.kv(slots, packed=False)
+            if method.needs.segment:
+                kv = kv._replace(segment=np.where(kv.pos >= 0, np.maximum(kv.pos // 3, 0) % 7, -1).astype(np.int32))
+            rest = {"slot": v.ints(0, slots - 1, s.b, s.g), "ids": v.ints(0, 9, s.b, t), "freqs": v.angles(s.d // 2)}
+            return rest | {"kv": kv, "q": v.rows(s.b, s.h, t, s.d), "pos": v.positions(s.b, t, packed=False)}
+
+        return Case(fn, arrays)
+
+    return build
+
+
+BASES = ("snapkv", "k_norm", "pyramidkv", "ada_kv", "chunked", "h2o", "full")
+WORDS = st.sampled_from(["max", "avg", "mean", "kvpress", "official", "paper"])
+
+
+def constructor(cls: type):
+    """The class with drawn fields."""
+
+    def call(draw):
+        given = {}
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            if field.name == "base":
+                value = st.just(registry.build(draw(st.sampled_from(BASES)), draw(st.integers(64, 99))))
+            elif field.name == "methods":
+                value = st.just((registry.build("k_norm", draw(st.integers(1, 9))),))
+            elif field.name in ("capacities", "weights"):
+                value = st.lists(INTS, max_size=4).map(tuple)
+            elif field.name == "protect":
+                value = st.builds(Protect, sinks=st.integers(0, 3), recent=st.integers(0, 3))
+            else:
+                value = st.one_of(INTS, REALS, st.booleans(), WORDS)
+            drawn, there = usually(draw, value), draw(st.integers(0, 3)) == 0
+            if there or field.default is dataclasses.MISSING:
+                given[field.name] = drawn
+
+        def make(**given):
+            method = cls(**given)
+            assert hash(method) == hash(dataclasses.replace(method)) and method.needs is not None
+            if hasattr(method, "layer"):
+                method = method.layer(0, 2)
+            if hasattr(method, "resize"):
+                hash((method.slots, method.resize(3)))
+
+        return make, (), given
+
+    return call
+
+
+USES = {"cache": {"compress": compress}, "policy": {"fit": fit, "step": step}, "reader": {"read": read}}
+
+for _name in registry.names():
+    PLAIN[f"build {_name}"] = constructor(registry.get(_name))
+    for _label, _make in small(_name).items():
+        for _what, _use in USES.get(registry.get(_name).site, {}).items():
+            case(f"method {_label} {_what}")(_use(_make))
+            METHODS.add(_name)

@@ -1,0 +1,154 @@
+"""Calls of `jaxtok.ops`."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtok.core.reader import Sight
+from jaxtok.ops import attention, cache, evidence, landmark, offload, read
+from tests.calls.cases import Case, case
+from tests.calls.values import Sizes, Values
+
+
+def operands(s: Sizes, v: Values) -> dict[str, Any]:
+    """Queries anywhere among keys in any order, whose positions have a head axis or none."""
+    out = {
+        "q": v.rows(s.b, s.h, s.t, s.d),
+        "k": v.rows(s.b, s.g, s.n, s.d),
+        "q_pos": v.positions(s.b, s.t, packed=False),
+        "k_pos": v.positions(s.b, s.n, packed=False) if s.i % 2 else v.kv(packed=False).pos,
+    }
+    return out | ({"bias": v.kv().bias} if s.i % 3 else {})
+
+
+def how(s: Sizes) -> dict[str, Any]:
+    return {
+        "causal": s.i % 5 != 1,
+        "window": s.one(None, 3, 1, 2**31 - 1),
+        "softcap": s.one(None, None, 30.0),
+        "scale": s.one(None, 1.0, 1e-3),
+        "diagonal": None if s.t != s.n or s.i % 4 else s.n,
+    }
+
+
+case("ops.attention.attention")(
+    lambda s: Case(
+        attention.attention,
+        lambda v: operands(s, v) | {"v": v.rows(s.b, s.g, s.n, s.d)},
+        how(s) | {"out_dtype": s.one(None, jnp.float32), "impl": s.one("auto", "xla")},
+        infinite=True,
+    )
+)
+
+
+@case("ops.attention.merge")
+def _(s):
+    lse = lambda v: np.where(v.mask(s.b, s.h, s.t), v.floats(s.b, s.h, s.t), -np.inf).astype(np.float32)
+    out = lambda v: v.rows(s.b, s.h, s.t, s.d)
+    return Case(attention.merge, lambda v: {"out_a": out(v), "lse_a": lse(v), "out_b": out(v), "lse_b": lse(v)}, infinite=True)
+
+
+def look_back(look, q, k, **see):
+    """Evidence with the logsumexp of the same call."""
+    _, lse = attention.attention(q, k, k, **see)
+    if look is evidence.rows:
+        del see["diagonal"]
+    return look(q, k, lse, **see)
+
+
+for _look in (evidence.received, evidence.peak, evidence.rows):
+    case(f"ops.evidence.{_look.__name__}")(
+        lambda s, look=_look: Case(functools.partial(look_back, look), functools.partial(operands, s), how(s))
+    )
+
+
+@case("ops.cache.append")
+def _(s):
+    def arrays(v):
+        rows = {"k": v.rows(s.b, s.g, s.t, s.d), "v": v.rows(s.b, s.g, s.t, s.d)}
+        return rows | {"kv": v.kv(s.n + s.t), "pos": v.positions(s.b, s.t, packed=False), "bias": v.floats(s.b, s.g, s.t)}
+
+    return Case(cache.append, arrays)
+
+
+@case("ops.cache.place")
+def _(s):
+    slots = s.n + s.t
+    arrays = lambda v: {
+        "q": v.rows(s.b, s.h, s.t, s.d),
+        "kv": v.kv(slots, packed=False),
+        "first": v.ints(0, slots),
+        "freqs": v.angles(s.d // 2),
+    }
+    return Case(cache.place, arrays)
+
+
+case("ops.cache.block_slots")(lambda s: Case(cache.block_slots, lambda v: {"index": v.ints(-1, 9, s.b, s.g, s.m)}, {"block": s.one(1, 4)}))
+case("ops.cache.scatter")(
+    lambda s: Case(
+        cache.scatter, lambda v: {"x": v.floats(s.b, s.h, *s.one((), (s.w,)), s.m), "slots": v.ints(-1, s.n - 1, s.b, s.g, s.m)}, {"s": s.n}
+    )
+)
+
+
+@case("ops.landmark.grouped_softmax")
+def _(s):
+    shape = (*s.batch, s.n, s.one(2, 5))
+    arrays = lambda v: {"logit": v.floats(*shape), "seen": v.mask(*shape), "own": v.mask(*shape[:-1])}
+    return Case(landmark.grouped_softmax, arrays, infinite=True)
+
+
+case("ops.offload.to_host")(lambda s: Case(offload.to_host, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d)}))
+case("ops.offload.fetch_rows")(
+    lambda s: Case(
+        lambda x, slots: offload.fetch_rows(offload.to_host(x), slots),
+        lambda v: {"x": v.rows(s.b, s.g, s.n, s.d), "slots": v.ints(-1, s.n - 1, s.b, s.g, s.m)},
+    )
+)
+
+
+# --- reading a cache --------------------------------------------------------------------------------------------------
+
+
+def sight(s: Sizes) -> dict[str, Any]:
+    return {"window": s.one(None, 3), "softcap": s.one(None, None, 30.0), "scale": s.one(None, 1.0)}
+
+
+def seen(fn, q, pos, kv, freqs, *rest, window, softcap, scale):
+    return fn(q, pos, kv, *rest, Sight(freqs, window, softcap, scale))
+
+
+def queries(s: Sizes, v: Values, t: int) -> dict[str, Any]:
+    return {
+        "q": v.rows(s.b, s.h, t, s.d),
+        "pos": v.positions(s.b, t, packed=False),
+        "kv": v.kv(packed=False),
+        "freqs": v.angles(s.d // 2),
+    }
+
+
+for _read in (read.attend_all, read.attend_scores):
+    case(f"ops.read.{_read.__name__}")(
+        lambda s, fn=_read: Case(functools.partial(seen, fn), lambda v: queries(s, v, min(s.t, 9)), sight(s), infinite=True)
+    )
+
+
+def slots(s: Sizes, v: Values) -> np.ndarray:
+    """Different slots, -1 = none, of KV heads or of query heads."""
+    e = s.one(s.g, s.h)
+    order = np.argsort(v.bits(s.b, e, s.n), -1)[..., : s.m].astype(np.int32)
+    return np.where(v.mask(*order.shape), order, -1)
+
+
+@case("ops.read.attend_slots")
+def _(s):
+    fn = lambda slots, q, pos, kv, freqs, **how: seen(
+        lambda q, pos, kv, see: read.attend_slots(q, pos, kv, slots, see), q, pos, kv, freqs, **how
+    )
+    return Case(fn, lambda v: queries(s, v, min(s.t, 9)) | {"slots": slots(s, v)}, sight(s), infinite=True)
+
+
+case("ops.read.take")(lambda s: Case(read.take, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d), "slots": slots(s, v)}))
+case("ops.read.take_kv")(lambda s: Case(read.take_kv, lambda v: {"kv": v.kv(packed=False), "slots": slots(s, v)}))
