@@ -15,11 +15,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def group(item) -> str:
+    """What shares compiled programs and runs in one process under `-n`: a file, or the laws of one method."""
+    label = getattr(item, "callspec", None) and item.callspec.params.get("label")
+    return f"law {label}" if label else str(item.path)
+
+
 def pytest_collection_modifyitems(items):
-    """What shares compiled programs runs in one process under `-n`: a file, or the laws of one method."""
     for item in items:
-        label = getattr(item, "callspec", None) and item.callspec.params.get("label")
-        item.add_marker(pytest.mark.xdist_group(f"law {label}" if label else str(item.path)))
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Compiled programs are let go before a process runs out of memory maps (65,530 on Linux), where the compiler would crash."""
+    maps = pathlib.Path("/proc/self/maps")
+    if (nextitem is None or group(nextitem) != group(item)) and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 def pytest_terminal_summary(terminalreporter):

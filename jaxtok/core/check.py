@@ -59,6 +59,8 @@ def budget(name: str, capacity, protected: int = 0) -> None:
         raise TypeError(
             f"{name} is a number of rows (int), got {capacity!r}; turn a ratio into rows with jaxtok.core.budget.capacity(ratio, n)"
         )
+    if capacity >= 2**31:
+        raise ValueError(f"{name} must be under 2**31, got {capacity}")
     if capacity < 1:
         raise ValueError(f"{name} must be >= 1, got {capacity}")
     if capacity < protected:
@@ -66,11 +68,24 @@ def budget(name: str, capacity, protected: int = 0) -> None:
 
 
 def cache(kv) -> None:
-    """ValueError unless the arrays of a cache agree on batch, KV heads (at least one) and slots."""
+    """ValueError unless the arrays of a cache agree on batch, KV heads and slots, with at least one head and channel."""
     shape = kv.pos.shape
-    if len(shape) != 3 or not shape[1] or any(x.ndim != 4 or x.shape[:3] != shape for x in (kv.k, kv.v)) or kv.bias.shape != shape:
-        shapes = [list(x.shape) for x in (kv.k, kv.v, kv.pos, kv.bias)]
-        raise ValueError(f"k, v, pos, bias of a cache are {shapes}; they must be [b g s d], [b g s d], [b g s], [b g s] with g >= 1")
+    rows = all(x.ndim == 4 and x.shape[:3] == shape and x.shape[3] for x in (kv.k, kv.v))
+    if len(shape) != 3 or not shape[1] or not rows or kv.bias.shape != shape or kv.seen.shape != shape[:1]:
+        shapes = [list(x.shape) for x in (kv.k, kv.v, kv.pos, kv.bias, kv.seen)]
+        raise ValueError(
+            f"k, v, pos, bias, seen of a cache are {shapes}; they must be [b g s d], [b g s d], [b g s], [b g s], [b]; g, d >= 1"
+        )
+
+
+def reading(q, pos, kv) -> None:
+    """ValueError unless queries [b h t d] at positions [b t] can read this cache."""
+    cache(kv)
+    b, g = kv.pos.shape[:2]
+    if q.ndim != 4 or q.shape[0] != b or not q.shape[1] or q.shape[1] % g or not q.shape[3] or pos.shape != (b, q.shape[2]):
+        raise ValueError(
+            f"q is {list(q.shape)} at {list(pos.shape)} for a cache {list(kv.k.shape)}; they must be [{b} h t d], [{b} t], h a multiple of {g}"
+        )
 
 
 def given(name: str, value):

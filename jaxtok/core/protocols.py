@@ -101,7 +101,6 @@ class CacheCompressor(Method):
         plan = self.plan(params, kv, evidence, keep)
         return reduce.reduce_kv(plan, kv), reduce.move(plan, evidence)
 
-
     def freeze(self, params, kv: KV, evidence: Evidence) -> tuple[KV, Frozen | None]:
         """After `compress`: the slots that new tokens join, and those that are only read from now on (None = all join)."""
         return kv, None

@@ -48,7 +48,11 @@ class Recipe:
     def __post_init__(self):
         for field, kind in _KIND.items():
             value = getattr(self, field)
-            entries = tuple(m for _, m in value) if field in ("vit", "layers") else value if isinstance(value, tuple) else (value,)
+            if field in ("vit", "layers", "edits") and not isinstance(value, tuple):
+                raise TypeError(f"{field} takes a tuple, got {value!r}")
+            if field in ("vit", "layers") and not all(isinstance(entry, tuple) and len(entry) == 2 for entry in value):
+                raise TypeError(f"{field} takes pairs (K, method), got {value!r}")
+            entries = tuple(m for _, m in value) if field in ("vit", "layers") else value if field == "edits" else (value,)
             for method in entries:
                 if method is not None and not isinstance(method, kind):
                     raise TypeError(f"{field} takes a {kind.__name__}, got {method!r}")
@@ -91,7 +95,9 @@ class Recipe:
                 raise ValueError(f"{method.name} acts before layer {k}; a decoder of {count} layers has places {first} to {count - 1}")
         for method in (self.cache, self.policy, *(m for _, m in self.layers)):
             if method is not None and method.needs.layers:
-                raise ValueError(f"{method.name} needs evidence of layers {method.needs.layers}; the decoder gives that of the layer at hand")
+                raise ValueError(
+                    f"{method.name} needs evidence of layers {method.needs.layers}; the decoder gives that of the layer at hand"
+                )
         where = [k for k, _ in self.layers]
         if len(set(where)) < len(where):
             raise ValueError(f"two methods act before the same layer: {where}; chain them or move one")
@@ -114,9 +120,13 @@ class Recipe:
         if self.policy is not None and self.cache is not None and self.cache.rotates:
             raise ValueError(f"{self.cache.name} turns keys and {self.policy.name} takes a plan, which cannot say so; use one or the other")
         if self.policy is not None and self.cache is not None and self.cache.edits:
-            raise ValueError(f"{self.cache.name} changes what stays and {self.policy.name} takes a plan, which cannot say so; use one or the other")
+            raise ValueError(
+                f"{self.cache.name} changes what stays and {self.policy.name} takes a plan, which cannot say so; use one or the other"
+            )
         if self.policy is not None and self.cache is not None and self.policy.aligned and not self.cache.aligned:
-            raise ValueError(f"{self.policy.name} keeps one set for all heads, but {self.cache.name} leaves each head its own; use one or the other")
+            raise ValueError(
+                f"{self.policy.name} keeps one set for all heads, but {self.cache.name} leaves each head its own; use one or the other"
+            )
         if self.policy is not None and self.cache is not None and self.policy.capacity < self.cache.slots:
             raise ValueError(
                 f"the cache is compressed to {self.cache.slots} slots and then cut to the policy's {self.policy.capacity}; "

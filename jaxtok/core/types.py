@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtok.core import check
+
 TEXT, IMAGE, CROP, FRAME, SPECIAL = range(5)  # values of Tokens.kind
 
 
@@ -154,6 +156,8 @@ class Protect:
     def __post_init__(self):
         if self.sinks < 0 or self.recent < 0:
             raise ValueError(f"protect needs sinks >= 0 and recent >= 0, got sinks={self.sinks}, recent={self.recent}")
+        check.count("sinks", self.sinks, 0)
+        check.count("recent", self.recent, 0)
 
     @property
     def total(self) -> int:

@@ -5,4 +5,15 @@ from jaxtok.decode.loop import Generated, generate, prefill_chunked, replay
 from jaxtok.decode.reread import prefill_reread
 from jaxtok.decode.sampling import Sampler, filter_logits, sample
 
-__all__ = ["Ahead", "Generated", "Sampler", "filter_logits", "generate", "prefill_chunked", "prefill_lookahead", "prefill_reread", "replay", "sample"]
+__all__ = [
+    "Ahead",
+    "Generated",
+    "Sampler",
+    "filter_logits",
+    "generate",
+    "prefill_chunked",
+    "prefill_lookahead",
+    "prefill_reread",
+    "replay",
+    "sample",
+]

@@ -138,7 +138,15 @@ def prefill_chunked(
     if read and (recipe.reader is None or recipe.cache is not None or recipe.policy is not None):
         raise ValueError("read=True prefills through a reader: the recipe needs one, and no cache or policy beside it")
     needs = recipe.cache.needs if recipe.cache is not None else PLAIN.prefill_needs
-    if needs.received or needs.peak or needs.cls or needs.keys or needs.hidden or needs.queries is not None or max(needs.rows, needs.turned) > chunk:
+    if (
+        needs.received
+        or needs.peak
+        or needs.cls
+        or needs.keys
+        or needs.hidden
+        or needs.queries is not None
+        or max(needs.rows, needs.turned) > chunk
+    ):
         raise ValueError(f"{recipe.cache.name} needs more of the prompt than its last chunk of {chunk} rows; prefill it at once")  # type: ignore[union-attr]
     recipe.validate(cfg)
     if recipe.layers:

@@ -100,9 +100,7 @@ def row_keys(key: Key[Array, "*k"] | UInt32[Array, "*k 2"], rows: int) -> Key[Ar
     return key
 
 
-def sample(
-    sampler: Sampler, key: Key[Array, "*k"] | UInt32[Array, "*k 2"] | None, logits: Float[Array, "b vocab"]
-) -> Int[Array, " b"]:
+def sample(sampler: Sampler, key: Key[Array, "*k"] | UInt32[Array, "*k 2"] | None, logits: Float[Array, "b vocab"]) -> Int[Array, " b"]:
     """One token a row, i32.
 
     key: one key, of which row i uses ``fold_in(key, i)``, or one key a row; unused (None will do) when greedy. A row's token depends on

@@ -336,7 +336,9 @@ class _Walk:
         if isinstance(pick, int) and 0 <= pick < len(runs):
             pick = [int(i == pick) for i in range(len(runs))]
         if isinstance(pick, str | int) or len(pick) != len(runs) or abs(sum(pick) - 1) > 1e-6 or min(pick) < 0:
-            raise ValueError(f"branch={pick!r}: cond {label} has {len(runs)} branches; give 'max', an index below that, or a probability each")
+            raise ValueError(
+                f"branch={pick!r}: cond {label} has {len(runs)} branches; give 'max', an index below that, or a probability each"
+            )
         for weight, (table, _) in zip(pick, runs, strict=True):
             _add(self.table, table, weight)
         roots = [{outs[i].root for _, outs in runs} for i in range(len(eqn.outvars))]

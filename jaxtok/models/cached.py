@@ -4,6 +4,7 @@ A layer's heads may stand in several groups (`Recipe.heads`), each a `Part` with
 all heads. `decoder.py` walks the layers.
 """
 
+import itertools
 from typing import Any
 
 import jax
@@ -34,7 +35,9 @@ def whole(site: str, keep) -> Array:
     """A traced budget as i32; TypeError for a share."""
     keep = jnp.asarray(keep)
     if not jnp.issubdtype(keep.dtype, jnp.integer):
-        raise TypeError(f"keep[{site!r}] counts slots (integers), got {keep.dtype}; turn a ratio into slots with jaxtok.core.budget.keep(ratio, live)")
+        raise TypeError(
+            f"keep[{site!r}] counts slots (integers), got {keep.dtype}; turn a ratio into slots with jaxtok.core.budget.keep(ratio, live)"
+        )
     return keep.astype(jnp.int32)
 
 
@@ -63,7 +66,17 @@ def at_hand(i: int, freqs: Array, key: Array | None) -> dict[str, Any]:
 
 
 def attend_rows(
-    cfg: Config, p, i: int, tokens: Tokens, past: tuple[Part, ...] | None, recipe: Recipe, needs: Needs, proportional: bool, key, impl: str, among=None
+    cfg: Config,
+    p,
+    i: int,
+    tokens: Tokens,
+    past: tuple[Part, ...] | None,
+    recipe: Recipe,
+    needs: Needs,
+    proportional: bool,
+    key,
+    impl: str,
+    among=None,
 ) -> tuple[Tokens, list[tuple[KV, Evidence]]]:
     """One layer over the rows of a prefill -> (tokens, for each head group the cache with these rows and evidence over its slots).
 
@@ -107,12 +120,16 @@ def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional,
             delta=tokens.delta,
             cursor=jnp.full((), n, jnp.int32),
             lost=jnp.broadcast_to(tokens.lost[:, None], (b, g)),
-            segment=jnp.broadcast_to(tokens.segment[:, None], (b, g, n)) if recipe.reader is not None and recipe.reader.needs.segment else None,
+            segment=jnp.broadcast_to(tokens.segment[:, None], (b, g, n))
+            if recipe.reader is not None and recipe.reader.needs.segment
+            else None,
         )
         keys, diagonal = turned_k, 0
     else:
         if recipe.reader is not None and recipe.reader.needs.segment:
-            raise ValueError(f"{recipe.reader.name} needs the segments of the whole cache, which are not kept; prefill at once, or with read=True")
+            raise ValueError(
+                f"{recipe.reader.name} needs the segments of the whole cache, which are not kept; prefill at once, or with read=True"
+            )
         if needs.keys or needs.hidden:
             raise ValueError("a method needs the unrotated keys or the hidden rows of the whole cache; they are not kept after a prefill")
         past = part.kv
@@ -179,16 +196,20 @@ def _attend_frozen(cfg: Config, frozen: Frozen, q: Float[Array, "b h t d"], see:
 # --- after a prefill ----------------------------------------------------------------------------------------------------
 
 
-def settle(cfg: Config, params, i: int, found: list[tuple[KV, Evidence]], past: tuple[Part, ...] | None, recipe: Recipe, new: int, keep) -> tuple[Part, ...]:
+def settle(
+    cfg: Config, params, i: int, found: list[tuple[KV, Evidence]], past: tuple[Part, ...] | None, recipe: Recipe, new: int, keep
+) -> tuple[Part, ...]:
     """The parts of layer i after a prefill: split by head groups, compressed, fitted to the step policy, with room and states begun."""
     sizes = head_groups(cfg, recipe, i)
     olds = [None] * len(found) if past is None else list(past)
     if len(found) == 1 and len(sizes) > 1:
         (kv, evidence), old, edges = found[0], olds[0], [sum(sizes[:j]) for j in range(len(sizes) + 1)]
-        cut = [(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        cut = [(a, b) for a, b in itertools.pairwise(edges)]
         found = [(_heads(kv, *at), _heads_of_evidence(evidence, *at, cfg.heads // cfg.kv_heads, cfg.kv_heads)) for at in cut]
         olds = [None if old is None else _heads_of_part(old, *at) for at in cut]
-    return tuple(_settle_group(cfg, params, i, j, *each, old, recipe, new, keep) for j, (each, old) in enumerate(zip(found, olds, strict=True)))
+    return tuple(
+        _settle_group(cfg, params, i, j, *each, old, recipe, new, keep) for j, (each, old) in enumerate(zip(found, olds, strict=True))
+    )
 
 
 def _heads(kv: KV, a: int, b: int) -> KV:
@@ -265,7 +286,9 @@ def _pad_slots(slots, extra: int):
 # --- a step -------------------------------------------------------------------------------------------------------------
 
 
-def step_part(cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe: Recipe, carry, keep, key, evict: bool, impl: str, ids=None):
+def step_part(
+    cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe: Recipe, carry, keep, key, evict: bool, impl: str, ids=None
+):
     """Head group j of layer i in a step -> (attended values, part, the reader's carry)."""
     (q, k, v), (kv, state, reading, frozen) = qkv, part
     learned, freqs = params.get("methods", {}), jnp.asarray(blocks.frequencies(cfg, i))
@@ -298,7 +321,9 @@ def step_part(cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe
             see |= {"k_pos": k_pos, "bias": bias if index.bias is None else bias + index.bias}
             if unturned:
                 if index.rope is None or index.query is None:
-                    raise ValueError(f"{reader.name} reads raw keys and must say where they and the queries stand (KeyIndex.rope and .query)")
+                    raise ValueError(
+                        f"{reader.name} reads raw keys and must say where they and the queries stand (KeyIndex.rope and .query)"
+                    )
                 turned, keys = turn(q, jnp.repeat(index.query, q.shape[1] // slots.shape[1], 1), freqs), turn(keys, index.rope, freqs)
     if unturned and slots is None:
         turned, keys = place(q, kv, jnp.minimum(at, kv.k.shape[2] - k.shape[2]), freqs)

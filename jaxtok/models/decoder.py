@@ -24,9 +24,7 @@ Layers = tuple[tuple[Part, ...], ...]
 PLAIN = Recipe()
 
 
-def embed(
-    cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, ends: tuple[int, ...] = ()
-) -> Tokens:
+def embed(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, ends: tuple[int, ...] = ()) -> Tokens:
     """Tokens of a batch of padded prompts; `live` marks the real ones (None = all). Positions count from 0.
 
     Padding may stand anywhere: rows are packed dead first, live last, and `source` says where each token went.
@@ -249,9 +247,7 @@ def step(
         for j, part in enumerate(parts):
             heads, group = part.kv.k.shape[1], cfg.heads // cfg.kv_heads
             mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]
-            o, part, carries[j] = cached.step_part(
-                cfg, params, i, j, part, mine, live, recipe, carries[j], keep, key, evict, impl, ids
-            )
+            o, part, carries[j] = cached.step_part(cfg, params, i, j, part, mine, live, recipe, carries[j], keep, key, evict, impl, ids)
             attended.append(o)
             kept.append(part)
             g += heads
@@ -259,5 +255,3 @@ def step(
         x = blocks.mlp(cfg, p, blocks.out_proj(cfg, p, x, o))
         out.append(tuple(kept))
     return x, cached.finish(params, out, carries[0], recipe)
-
-

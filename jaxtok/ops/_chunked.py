@@ -20,7 +20,7 @@ from jax import lax
 # block's logits stay in the caches between the two products. Fewer queries take more keys, so a decoding step is a single block.
 CHUNK = 512
 LOGITS = 2**18  # a head
-MOST = np.finfo(np.float32).max
+MOST = float(np.finfo(np.float32).max)
 FAR = np.iinfo(np.int32).max  # stands for the position of a dead key: later than any query
 
 
@@ -168,9 +168,9 @@ def probs(spec: Spec, x: Operands, lse: jax.Array, i, j) -> tuple[jax.Array, jax
     return jnp.exp(y - take(lse, i, spec.chunk, 3)[..., None]), slope
 
 
-def bounded(y: jax.Array) -> jax.Array:
+def bounded(y: jax.Array, most: float = MOST) -> jax.Array:
     """Logits inside the finite range: products of finite numbers may overflow, and inf - inf counts as the lowest."""
-    return jnp.minimum(jnp.where(y > -MOST, y, -MOST), MOST)
+    return jnp.minimum(jnp.where(y > -most, y, -most), most)
 
 
 def finite(lse: jax.Array) -> jax.Array:

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxtok.ops._chunked import bounded
+
 
 def grouped_softmax(
     logit: Float[Array, "*B nb block"], seen: Bool[Array, "*B nb block"], own: Bool[Array, "*B nb"]
@@ -18,7 +20,7 @@ def grouped_softmax(
 
     Source: arXiv:2305.16300; epfml/landmark-attention, lm_benchmark/models/landmark.py.
     """
-    x = jnp.where(seen, logit.astype(jnp.float32), -jnp.inf)
+    x = jnp.where(seen, bounded(logit.astype(jnp.float32), 1e37), -jnp.inf)  # what is added to them below stays finite
     tokens, gate = x[..., :-1], x[..., -1]
     top = _finite(jnp.max(tokens, -1, keepdims=True, initial=-jnp.inf))
     mass = jnp.sum(jnp.exp(tokens - top), -1)

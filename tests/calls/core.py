@@ -197,6 +197,11 @@ case("core.rotary.turn")(
     )
 )
 case("core.check.cache")(lambda s: Case(lambda kv: check.cache(kv) or [], lambda v: {"kv": v.kv()}))
+case("core.check.reading")(
+    lambda s: Case(
+        lambda **a: check.reading(**a) or [], lambda v: {"q": v.rows(s.b, s.h, s.t, s.d), "pos": v.positions(s.b, s.t), "kv": v.kv()}
+    )
+)
 case("core.score.grouped")(lambda s: Case(score.grouped, lambda v: {"x": v.rows(s.b, s.h, s.n)}, {"g": s.g}))
 case("core.score.to_kv_heads")(
     lambda s: Case(score.to_kv_heads, lambda v: {"x": v.rows(s.b, s.h, s.n)}, {"g": s.g, "how": s.one("mean", "max", "sum")})

@@ -45,12 +45,12 @@ def test_numbers_and_kinds():
 
 def test_cache():
     def kv(**changed):
-        shapes = dict(k=(2, 3, 4, 5), v=(2, 3, 4, 6), pos=(2, 3, 4), bias=(2, 3, 4)) | changed
+        shapes = dict(k=(2, 3, 4, 5), v=(2, 3, 4, 6), pos=(2, 3, 4), bias=(2, 3, 4), seen=(2,)) | changed
         return types.SimpleNamespace(**{name: np.zeros(shape) for name, shape in shapes.items()})
 
     check.cache(kv())
     for bad in (dict(k=(2, 3, 5, 5)), dict(v=(2, 3, 4)), dict(pos=(2, 4)), dict(bias=(2, 3, 1)), dict(k=(2, 0, 4, 5), v=(2, 0, 4, 5), pos=(2, 0, 4), bias=(2, 0, 4))):  # fmt: skip
-        with pytest.raises(ValueError, match="k, v, pos, bias of a cache are"):
+        with pytest.raises(ValueError, match="k, v, pos, bias, seen of a cache are"):
             check.cache(kv(**bad))
 
 

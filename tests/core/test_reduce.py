@@ -170,7 +170,9 @@ def test_reduce_kv_by_a_selection():
 
 def test_reduce_kv_by_a_merge_sums_the_counts_of_live_slots():
     kv = cache()
-    plan = Plan(i32([[[-1, 2], [0, 3]]]), i32([[[1, 1, 1, -1], [0, 0, 1, 1]]]), jnp.array([[[0.0, 1.0, 2.0, 1.0], [1.0] * 4]]), i32([[0, 0]]))
+    plan = Plan(
+        i32([[[-1, 2], [0, 3]]]), i32([[[1, 1, 1, -1], [0, 0, 1, 1]]]), jnp.array([[[0.0, 1.0, 2.0, 1.0], [1.0] * 4]]), i32([[0, 0]])
+    )
     out = reduce_kv(plan, kv)
     np.testing.assert_allclose(jnp.exp(out.bias), [[[1, 3], [4, 3]]], rtol=1e-6)  # the dead slot's 77 does not count
     assert out.pos.tolist() == [[[-1, 4], [0, 5]]]

@@ -42,7 +42,9 @@ def test_each_frequency_follows_its_axis():
     z = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * ids[:, None, :, [2, 0, 1]] * freqs.astype(np.float64))
     np.testing.assert_allclose(got, np.concatenate([z.real, z.imag], -1), atol=1e-4)
     one = rotary.rotate_by(jnp.asarray(x), jnp.asarray(ids[..., 0], jnp.int32), freqs)
-    np.testing.assert_allclose(one, rotary.turn(jnp.asarray(x), jnp.asarray(np.repeat(ids[:, None, :, 0], 3, 1), jnp.int32), jnp.asarray(freqs)), atol=1e-6)
+    np.testing.assert_allclose(
+        one, rotary.turn(jnp.asarray(x), jnp.asarray(np.repeat(ids[:, None, :, 0], 3, 1), jnp.int32), jnp.asarray(freqs)), atol=1e-6
+    )
     with pytest.raises(ValueError, match="ids have 3 rotary axes; name the axis of each of the 3 frequencies"):
         rotary.rotate_by(jnp.asarray(x), jnp.asarray(ids, jnp.int32), freqs)
     with pytest.raises(ValueError, match=r"2 entries in 0\.\.1; need 3 entries, each in 0\.\.2"):

@@ -28,7 +28,9 @@ def test_pool():
     rng = np.random.default_rng(0)
     y = rng.normal(size=(2, 3, 11)).astype(np.float32)
     padded = np.pad(y, ((0, 0), (0, 0), (3, 3)))
-    np.testing.assert_allclose(score.pool(jnp.asarray(y), 7), np.stack([padded[..., i : i + 7].sum(-1) / 7 for i in range(11)], -1), atol=1e-6)
+    np.testing.assert_allclose(
+        score.pool(jnp.asarray(y), 7), np.stack([padded[..., i : i + 7].sum(-1) / 7 for i in range(11)], -1), atol=1e-6
+    )
     lowest = np.pad(y, ((0, 0), (0, 0), (2, 2)), constant_values=-np.inf)
     np.testing.assert_array_equal(score.pool(jnp.asarray(y), 5, "max"), np.stack([lowest[..., i : i + 5].max(-1) for i in range(11)], -1))
     for width in (0, 2):

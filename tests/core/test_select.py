@@ -21,7 +21,9 @@ pack = jax.jit(select.pack, static_argnums=1)  # compiled whole: op by op is slo
 
 
 def reference_choose(score, live, keep, protect):
-    best = sorted((j for j in range(len(score)) if live[j] and not protect[j]), key=lambda j: (-np.nan_to_num(score[j], nan=LOW, neginf=LOW), j))
+    best = sorted(
+        (j for j in range(len(score)) if live[j] and not protect[j]), key=lambda j: (-np.nan_to_num(score[j], nan=LOW, neginf=LOW), j)
+    )
     return [bool(live[j] and (protect[j] or j in best[: max(keep, 0)])) for j in range(len(score))]
 
 
@@ -77,7 +79,9 @@ def test_choose_per_head_and_unbatched():
         for g in range(3):
             want = reference_choose(np.asarray(score[b, g]), np.ones(5, bool), int(keep[b, g]), np.zeros(5, bool))
             np.testing.assert_array_equal(got[b, g], want)
-    np.testing.assert_array_equal(choose_static(score[0, 0], live[0, 0], 2), reference_choose(np.asarray(score[0, 0]), live[0, 0], 2, [False] * 5))
+    np.testing.assert_array_equal(
+        choose_static(score[0, 0], live[0, 0], 2), reference_choose(np.asarray(score[0, 0]), live[0, 0], 2, [False] * 5)
+    )
 
 
 def test_bf16_scores_are_ranked_as_float32():

@@ -144,7 +144,12 @@ def test_chunks_through_a_reader(world):
     def run(params):
         a = decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, LIVE), new=3)
         b = prefill_chunked(CFG, params, ids, LIVE, Recipe(reader=Quest(pages=9, block=4)), chunk=5, new=3, read=True)
-        return a[0].x, b[0].x, replay(CFG, params, *a, ids[:, :3])[0], replay(CFG, params, *b, ids[:, :3], Recipe(reader=Quest(pages=9, block=4)))
+        return (
+            a[0].x,
+            b[0].x,
+            replay(CFG, params, *a, ids[:, :3])[0],
+            replay(CFG, params, *b, ids[:, :3], Recipe(reader=Quest(pages=9, block=4))),
+        )
 
     x, y, plain, (read, layers) = run(params)
     np.testing.assert_allclose(x[:, -1], y[:, -1], atol=2e-5)

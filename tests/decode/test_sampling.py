@@ -123,7 +123,9 @@ def test_limits():
     np.testing.assert_array_equal(kept(filter_logits(Sampler(), jnp.array([[1.0, 3.0, 3.0]]))), [1])
 
 
-@pytest.mark.parametrize("sampler", [Sampler(temperature=1.0), Sampler(temperature=0.7, top_k=4), Sampler(temperature=1.5, top_p=0.8, min_p=0.1)])
+@pytest.mark.parametrize(
+    "sampler", [Sampler(temperature=1.0), Sampler(temperature=0.7, top_k=4), Sampler(temperature=1.5, top_p=0.8, min_p=0.1)]
+)
 def test_frequencies(sampler):
     logits = jnp.array([[0.1, 2.0, -1.0, 1.2, 0.7, -jnp.inf, 1.9]])
     n = 20_000

@@ -75,7 +75,9 @@ def test_a_share_is_of_each_rows_own_tokens(result):
 
 def test_a_second_reading_and_thin_keys(model):
     """KVzip reads the context twice and keeps half; ThinK keeps all tokens in fewer bytes; SpecKV needs a draft and says so."""
-    options = dataclasses.replace(SMALL, methods=("full", "kvzip", "think:ratio=0.5,recent=4"), budgets=("50%",), tasks=("needle",), lengths=(48,))
+    options = dataclasses.replace(
+        SMALL, methods=("full", "kvzip", "think:ratio=0.5,recent=4"), budgets=("50%",), tasks=("needle",), lengths=(48,)
+    )
     full, half, thin = compare.run(*model, options).rows
     assert half["kept"] == pytest.approx(full["kept"] / 2, abs=0.5) and thin["kept"] == full["kept"]
     assert half["prefill_flops"] > 2 * full["prefill_flops"] > 0

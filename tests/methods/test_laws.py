@@ -22,7 +22,10 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("key_rerotation", "dropped_equals_masked"): _MOVED,
     ("key_rerotation-ada_kv", "dropped_equals_masked"): _MOVED,
     ("streaming_llm:compact", "dropped_equals_masked"): _MOVED,
-    **{(name, "dropped_equals_masked"): "nothing is dropped, only left unread" for name in ("quest", "tidaldecode", "recycled", "tokenselect", "tokenselect:pages", "actqkv", "sentencekv.reader", "landmark")},
+    **{
+        (name, "dropped_equals_masked"): "nothing is dropped, only left unread"
+        for name in ("quest", "tidaldecode", "recycled", "tokenselect", "tokenselect:pages", "actqkv", "sentencekv.reader", "landmark")
+    },
     ("merging", "dropped_equals_masked"): _FOLDED,
     ("cam", "dropped_equals_masked"): _FOLDED,
     ("cam-mean", "dropped_equals_masked"): _FOLDED,
@@ -37,7 +40,9 @@ ONE_EACH = ("snapkv", "h2o", "quest", "ada_kv")  # a method a protocol, and a wr
 
 
 @pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("label, make", [pytest.param(*case, id=case[0], marks=pytest.mark.py312 if case[0] in ONE_EACH else ()) for case in CASES])
+@pytest.mark.parametrize(
+    "label, make", [pytest.param(*case, id=case[0], marks=pytest.mark.py312 if case[0] in ONE_EACH else ()) for case in CASES]
+)
 def test_law(label, make, law):
     if (label, law) not in EXEMPT:
         LAWS[law](make)

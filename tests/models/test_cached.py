@@ -25,7 +25,9 @@ def run(recipe, cut=lambda layers: layers):
         tokens, layers = decoder.prefill(CFG, params, tokens, recipe, new=STEPS)
 
         def one(layers, i):
-            x, layers = decoder.step(CFG, params, decoder.blocks.embed(CFG, params, i[:, None]), jnp.ones(i.shape, bool)[:, None], layers, recipe)
+            x, layers = decoder.step(
+                CFG, params, decoder.blocks.embed(CFG, params, i[:, None]), jnp.ones(i.shape, bool)[:, None], layers, recipe
+            )
             return layers, decoder.logits(CFG, params, x)[:, 0]
 
         first = decoder.logits(CFG, params, tokens.x[:, -1:])

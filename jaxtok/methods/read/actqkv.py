@@ -92,6 +92,7 @@ class ActQKV(Reader):
         return (self.cap + self.edges) * self.block >= s
 
     def start(self, params, layer: int, kv: KV, h: int) -> Any:
+        check.cache(kv)
         b, g, s, d = kv.k.shape
         if self._covers(s):
             return ()
@@ -109,6 +110,7 @@ class ActQKV(Reader):
     def read(
         self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight
     ) -> tuple[Any, Any, KeyIndex | None]:
+        check.reading(q, pos, kv)
         if not isinstance(state, Blocks):
             return state, carry, None
         b, g, s = kv.pos.shape

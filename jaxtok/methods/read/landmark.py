@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxtok.core import check, score
+from jaxtok.core import check, score, select
 from jaxtok.core.reader import Reader, Sight, Traffic, attended
 from jaxtok.core.registry import register
 from jaxtok.core.rotary import rotate_by, turn
@@ -61,6 +61,7 @@ class Landmark(Reader):
     def attend(
         self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight
     ) -> tuple[Any, Any, Array, Array]:
+        check.reading(q, pos, kv)
         (b, h, t, d), g, size = q.shape, kv.pos.shape[1], self.block
         k = min(self.top_k, self._most(kv))
         scale = d**-0.5 if see.scale is None else see.scale
@@ -116,7 +117,7 @@ class Landmark(Reader):
         wide = lambda x: jnp.broadcast_to(x[:, None], (b, g, x.shape[1]))
         keys = turn(take(kv.k, wide(slot)).astype(jnp.float32), wide(stand), freqs)
         logit = jnp.einsum("bgjtd,bgnd->bgjtn", score.grouped(q, g), keys).reshape(b, h, t, -1) * scale
-        logit = jnp.where(known[:, None, None], logit, -jnp.inf)
+        logit = jnp.where(known[:, None, None], select.finite(logit), -jnp.inf)
         top = jnp.max(logit, -1, keepdims=True, initial=-jnp.inf)
         mass = jnp.exp(logit - jnp.where(top > -jnp.inf, top, 0.0))
         share = mass / jnp.maximum(jnp.sum(mass, -1, keepdims=True), 1e-30)

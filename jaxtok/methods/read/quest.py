@@ -56,6 +56,7 @@ class Quest(Reader):
         check.one_of("group", self.group, tuple(score.REDUCTIONS))
 
     def start(self, params, layer: int, kv: KV, h: int = 1) -> Any:
+        check.cache(kv)
         if layer < self.dense_layers:
             return ()
         b, g, s, d = kv.k.shape
@@ -75,6 +76,7 @@ class Quest(Reader):
     def read(
         self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos, kv: KV, see: Sight
     ) -> tuple[Any, Any, KeyIndex | None]:
+        check.reading(q, pos, kv)
         b, h, t, d = q.shape
         g, s = kv.pos.shape[1:]
         count = max(3, self.pages)

@@ -62,6 +62,7 @@ class RecycledAttention(Reader):
         check.one_of("group", self.group, tuple(score.REDUCTIONS))
 
     def start(self, params, layer: int, kv: KV, h: int) -> Any:
+        check.cache(kv)
         b, g, s, d = kv.k.shape
         if s <= self.top_k:
             return ()
@@ -71,6 +72,7 @@ class RecycledAttention(Reader):
     def attend(
         self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight
     ) -> tuple[Any, Any, Array, Array]:
+        check.reading(q, pos, kv)
         if isinstance(state, Choice) and q.shape[2] == 1:
             full = self.due(state, q[:, :, 0], pos[:, 0])
             go = lambda branch: lambda state, q, pos, kv: branch(state, q, pos, kv, see)

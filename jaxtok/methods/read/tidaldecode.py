@@ -60,6 +60,7 @@ class TidalDecode(Reader):
     def attend(
         self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight
     ) -> tuple[Any, Any, Array, Array]:
+        check.reading(q, pos, kv)
         if q.shape[2] > 1 or kv.pos.shape[-1] <= self.top_k or layer < self.dense_layers:
             return state, carry, *attend_all(q, pos, kv, see)
         if not self.selects(layer):

@@ -84,6 +84,7 @@ class TokenSelect(Reader):
         return top, top + pages(self.n_init) + pages(self.n_local)
 
     def start(self, params, layer: int, kv: KV, h: int) -> Any:
+        check.cache(kv)
         b, _, s, d = kv.k.shape
         if self._covers(s):
             return ()
@@ -97,6 +98,7 @@ class TokenSelect(Reader):
     def read(
         self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight
     ) -> tuple[Any, Any, KeyIndex | None]:
+        check.reading(q, pos, kv)
         if q.shape[2] > self.n_local:
             raise ValueError(
                 f"a call of {q.shape[2]} queries does not fit into n_local={self.n_local} tokens; prefill in chunks of at most that"
@@ -107,7 +109,15 @@ class TokenSelect(Reader):
         init = (at >= 0) & (at < self.n_init)
         local = at >= jnp.maximum(kv.seen - self.n_local, 0)[:, None]
         covered = kv.seen <= self.n_init + self.top_k + self.n_local
-        forced = jnp.max((init | local | ((at >= 0) & covered[:, None])).astype(jnp.int8).reshape(*at.shape[:1], -1, self.block), -1) > 0
+        forced = (
+            jnp.max(
+                (init | local | ((at >= 0) & covered[:, None]))
+                .astype(jnp.int8)
+                .reshape(at.shape[0], at.shape[1] // self.block, self.block),
+                -1,
+            )
+            > 0
+        )
         probe = self.probe(q, pos, see.freqs)
         hit = jnp.zeros_like(state.made) if self.threshold is None else state.made & self.alike(probe, state.query)
         hit = hit | covered | jnp.all(pos < 0, -1)
@@ -116,7 +126,7 @@ class TokenSelect(Reader):
             return state.pages
 
         def afresh(state, probe, k):
-            vote = self.vote(probe, k, (at >= 0) & ~init & ~local).reshape(*at.shape[:1], -1, self.block)
+            vote = self.vote(probe, k, (at >= 0) & ~init & ~local).reshape(at.shape[0], at.shape[1] // self.block, self.block)
             best, page = lax.top_k(jnp.where(forced | (jnp.max(vote, -1) < 0), -jnp.inf, jnp.sum(jnp.maximum(vote, 0), -1)), top)
             return jnp.where(hit[:, None], state.pages, jnp.where(best > -jnp.inf, page, -1))
 

@@ -76,9 +76,8 @@ def test_by_hand():
     One block of the others for q = 1: block 1, its mean is 2; q = -1: block 3."""
     k = np.array([5, 5, 1, 3, 4, -2, 0, 0, 9, 9], np.float32).reshape(1, 1, 10, 1) * np.eye(1, 2, dtype=np.float32)
     kv, method = toys.cache(k, k), ActQKV(budget=4, block=2, n_init=1, n_local=1, most=1)
-    kv = kv._replace(
-        k=jnp.pad(kv.k, ((0, 0),) * 2 + ((0, 6), (0, 0))), v=kv.v, pos=jnp.pad(kv.pos, ((0, 0),) * 2 + ((0, 6),), constant_values=-1)
-    )
+    pad = lambda x, value: jnp.pad(x, [(0, 0)] * 2 + [(0, 6)] + [(0, 0)] * (x.ndim - 3), constant_values=value)
+    kv = kv._replace(k=pad(kv.k, 0), v=pad(kv.v, 0), pos=pad(kv.pos, -1), bias=pad(kv.bias, 0))
     for q, want in ((1.0, 1), (-1.0, 3)):
         _, index = read(method, np.array([q, 0], np.float32).reshape(1, 1, 1, 2), kv)
         assert set(index[0, 0].tolist()) - {-1} == {0, want, 4}

@@ -101,7 +101,14 @@ def test_against_the_reference():
     scores = (rng.random((4, 3, 20)) * np.array([1.0, 3.0, 0.7])[:, None]).astype(np.float32)
     lengths = [20, 11, 6, 1]
     kv = cache(scores, lengths)
-    table = [("paper", 0.2, 2.0, 2), ("paper", 0.35, 1.25, 0), ("paper", 0.0, 1.0, 2), ("official", 0.35, 1.5, 3), ("kvpress", 0.35, 1.25, 2), ("kvpress", 0.6, 1.5, 0)]
+    table = [
+        ("paper", 0.2, 2.0, 2),
+        ("paper", 0.35, 1.25, 0),
+        ("paper", 0.0, 1.0, 2),
+        ("official", 0.35, 1.5, 3),
+        ("kvpress", 0.35, 1.25, 2),
+        ("kvpress", 0.6, 1.5, 0),
+    ]
     make = lambda variant, alpha, slack, recent: AdaKV(
         base=Given(capacity=7, protect=Protect(recent=recent)), alpha=alpha, slack=slack, variant=variant
     )

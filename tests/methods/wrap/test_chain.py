@@ -16,7 +16,9 @@ small = lambda capacity: Chain(methods=(SnapKV(capacity=capacity + 3, window=2, 
 def test_by_hand():
     # the best four are 0 0 4 and 9; of these, 9 and the older 0 are farthest from their mean
     kv = cache([[[0.0, -5.0, 4.0, 0.0, -7.0, 9.0]]])
-    one, other = run((Chain(methods=(Given(capacity=4), Unlike(capacity=2))), kv), (Chain(methods=(Unlike(capacity=4), Given(capacity=2))), kv))
+    one, other = run(
+        (Chain(methods=(Given(capacity=4), Unlike(capacity=2))), kv), (Chain(methods=(Unlike(capacity=4), Given(capacity=2))), kv)
+    )
     assert kept(one) == [[[0, 5]]]
     # far from the mean 1/6 are 9, -7, -5, 4; of these the best are 9 and 4
     assert kept(other) == [[[2, 5]]], "the order matters"
@@ -26,7 +28,11 @@ def test_each_sees_what_the_one_before_left_and_one_plan_says_it_all():
     rng = np.random.default_rng(0)
     kv = cache(rng.normal(size=(3, 2, 12)), [12, 7, 2])
     seen = Evidence(rows=jnp.asarray(rng.random((3, 4, 2, 12)), jnp.float32))
-    methods = (SnapKV(capacity=9, window=2, pool=3), AdaKV(base=Given(capacity=6), alpha=0.1), Unlike(capacity=3, protect=Protect(recent=1)))
+    methods = (
+        SnapKV(capacity=9, window=2, pool=3),
+        AdaKV(base=Given(capacity=6), alpha=0.1),
+        Unlike(capacity=3, protect=Protect(recent=1)),
+    )
     chain, budgets = Chain(methods=methods), jnp.array([3, 2, 1], jnp.int32)
 
     @jax.jit
