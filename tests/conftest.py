@@ -34,18 +34,20 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The exemptions from the laws, and the methods whose laws took longest."""
-    seconds = collections.Counter()
-    for report in (r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])):
+    """The exemptions from the laws, and where the time went: methods in their laws, files."""
+    methods, files = collections.Counter(), collections.Counter()
+    for report in (r for kind in ("passed", "failed", "") for r in terminalreporter.stats.get(kind, [])):
+        files[report.nodeid.split("::")[0]] += report.duration
         if "test_law[" in report.nodeid:
-            seconds[report.nodeid.split("test_law[")[1].rsplit("-", 1)[0]] += report.duration
-    if seconds:
+            methods[report.nodeid.split("test_law[")[1].rsplit("-", 1)[0]] += report.duration
+    if methods:
         from tests.methods.test_laws import EXEMPT
 
         terminalreporter.section("laws")
         for (label, law), reason in EXEMPT.items():
             terminalreporter.line(f"exempt: {label}: {law}: {reason}")
-        terminalreporter.line("slowest: " + ", ".join(f"{label} {t:.1f} s" for label, t in seconds.most_common(10)))
+    for what, seconds in (("methods in their laws", methods), ("files", files)):
+        terminalreporter.line(f"slowest {what}: " + ", ".join(f"{name} {t:.0f} s" for name, t in seconds.most_common(20)))
 
 
 @pytest.fixture(scope="session")
