@@ -30,6 +30,7 @@ def keep(ratio: float | int, live: jax.Array) -> jax.Array:
 
 def per_head(keep, heads: tuple[int, ...], cap: int) -> jax.Array:
     """i32 [b g]: a budget given as int, [b], [b 1] or [b g], never above `cap`; None = `cap`. `heads` = (b, g)."""
+    check.count("cap", cap, 0)
     if keep is None:
         return jnp.full(heads, cap, jnp.int32)
     keep = jnp.asarray(keep)

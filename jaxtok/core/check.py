@@ -78,6 +78,14 @@ def cache(kv) -> None:
         )
 
 
+def plan(plan) -> None:
+    """ValueError unless the arrays of a plan agree on what is before the tokens."""
+    shapes = {name: list(x.shape) for name, x in plan._asdict().items() if x is not None}
+    over = {tuple(shape if name == "lost" else shape[:-2] if name == "w" else shape[:-1]) for name, shape in shapes.items()}
+    if len(over) > 1:
+        raise ValueError(f"the arrays of a plan are {shapes}; they must agree on what is before the tokens, and lost has only that")
+
+
 def reading(q, pos, kv) -> None:
     """ValueError unless queries [b h t d] at positions [b t] can read this cache."""
     cache(kv)

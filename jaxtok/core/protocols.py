@@ -176,6 +176,7 @@ class CachePolicy(Method):
 
     def fit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> Plan:
         """The plan [b g capacity] that brings a cache down to the capacity."""
+        check.cache(kv)
         protect, score = self.victim(params, state, kv, budget.per_head(keep, kv.pos.shape[:2], self.capacity))
         return top_slots(kv, score, protect, self.capacity, keep)
 

@@ -143,12 +143,16 @@ def move(plan: Plan | DensePlan, evidence: Evidence) -> Evidence:
     Attention that a group receives is summed, keys and hidden rows are averaged. Under a plan per KV head `hidden`, which has no
     head axis, is gone.
     """
+    check.plan(plan)
     per_head = representative(plan).ndim == 3
 
     def spread(heads: int) -> Plan | DensePlan:  # the plan with a head axis of `heads`
         if not per_head:
             return jax.tree.map(lambda a: jnp.repeat(a[:, None], heads, 1), plan)
-        return jax.tree.map(lambda a: jnp.repeat(a, heads // a.shape[1], 1), plan)
+        g = representative(plan).shape[1]
+        if not g or heads % g:
+            raise ValueError(f"a plan for {g} KV heads does not fit evidence of {heads} heads")
+        return jax.tree.map(lambda a: jnp.repeat(a, heads // g, 1), plan)
 
     def attention(x):  # [b h n] or [b h w n]
         if x is None:

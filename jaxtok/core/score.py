@@ -74,11 +74,12 @@ def output_norm(v: Float[Array, "b g n d"], o: Float[Array, "hd c"], power: int)
     if not g * d or rows % (g * d):
         raise ValueError(f"an output projection of {rows} rows does not belong to {g} KV heads of {d} channels")
     by_head = jnp.swapaxes(o.astype(jnp.float32).reshape(g, rows // (g * d), d, c), 0, 1)
-    v = v.astype(jnp.float32)
+    v, most = v.astype(jnp.float32), float(jnp.finfo(jnp.float32).max)
 
     def one(w):
         y = jnp.einsum("bgnd,gdc->bgnc", v, w)
-        return jnp.sum(jnp.abs(y), -1) if power == 1 else jnp.sqrt(jnp.sum(y * y, -1))
+        norm = jnp.sum(jnp.abs(y), -1) if power == 1 else jnp.sqrt(jnp.sum(y * y, -1))
+        return jnp.where(norm < most, norm, most)  # products of finite numbers may overflow
 
     return jnp.moveaxis(lax.map(one, by_head), 0, 2).reshape(b, rows // d, n)
 

@@ -60,6 +60,7 @@ def _write(old: Shaped[Array, "b g s *d"], rows: Shaped[Array, "b g t *d"], curs
 
 def place(q: Float[Array, "b h t d"], kv: KV, first: Array, freqs: Array) -> tuple[Array, Array]:
     """Raw keys and the queries of the rows at slots first, first + 1, ...: rotated at their rank among the live slots."""
+    check.cache(kv)
     rank = ranks(kv.pos)
     own = jax.lax.dynamic_slice_in_dim(rank, first, q.shape[2], 2)
     return turn(q, jnp.repeat(own, q.shape[1] // own.shape[1], 1), freqs), turn(kv.k, rank, freqs)

@@ -197,6 +197,7 @@ case("core.rotary.turn")(
     )
 )
 case("core.check.cache")(lambda s: Case(lambda kv: check.cache(kv) or [], lambda v: {"kv": v.kv()}))
+case("core.check.plan")(lambda s: Case(lambda plan: check.plan(plan) or [], lambda v: {"plan": v.plan(s.batch, s.n, s.m, s.plan)}))
 case("core.check.reading")(
     lambda s: Case(
         lambda **a: check.reading(**a) or [], lambda v: {"q": v.rows(s.b, s.h, s.t, s.d), "pos": v.positions(s.b, s.t), "kv": v.kv()}

@@ -3,10 +3,12 @@
 import math
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtok.core import check
+from jaxtok.core.types import DensePlan, Plan
 
 
 def test_at_least():
@@ -71,3 +73,12 @@ def test_budget():
             check.budget("capacity", bad)
     with pytest.raises(ValueError, match="capacity=4 has no room for the 5 protected rows; raise capacity"):
         check.budget("capacity", 4, protected=5)
+
+
+def test_plan():
+    index, lost = jnp.zeros((2, 3), jnp.int32), jnp.zeros((2,), jnp.int32)
+    check.plan(Plan(index, index, None, lost))
+    check.plan(DensePlan(jnp.zeros((2, 3, 4))))
+    for bad in (Plan(index, index[0], None, lost), Plan(index, index, None, lost[:, None]), Plan(index, index, index[:1], lost)):
+        with pytest.raises(ValueError, match="the arrays of a plan are"):
+            check.plan(bad)
