@@ -1,0 +1,68 @@
+"""Problems for the read kernel, by name; the same ones test it, lower it and time it."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """b sequences, g KV heads, e lists, r query rows a list, s slots in blocks of `block`, m listed; `live`: share of listed entries used."""
+
+    b: int = 2
+    g: int = 2
+    e: int = 2
+    r: int = 4
+    s: int = 64
+    d: int = 32
+    c: int = 32
+    block: int = 16
+    m: int = 3
+    live: float = 1.0
+    dtype: str = "float32"
+    softcap: float | None = None
+    window: int | None = None
+    dead: float = 0.1  # share of slots without a token
+
+    def arrays(self, seed: int = 0) -> tuple[np.ndarray, ...]:
+        """q, q_pos, k, v, k_pos, bias, index as numpy (float32; cast q, k, v to `dtype`)."""
+        rng = np.random.default_rng(seed)
+        normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+        k_pos = np.stack([[rng.permutation(self.s) for _ in range(self.g)] for _ in range(self.b)]).astype(np.int32)
+        k_pos[rng.random(k_pos.shape) < self.dead] = -1
+        index = np.stack([[rng.permutation(self.s // self.block)[: self.m] for _ in range(self.e)] for _ in range(self.b)]).astype(np.int32)
+        index[rng.random(index.shape) >= self.live] = -1
+        q_pos = rng.integers(self.s // 2, self.s, (self.b, self.r)).astype(np.int32)
+        q_pos[:, self.r // 2 :][:, 1:] = -1 if self.r > 2 else q_pos[:, self.r // 2 :][:, 1:]  # dead queries
+        bias = np.log(rng.integers(1, 4, k_pos.shape)).astype(np.float32)
+        rows = lambda heads, n, d: normal(self.b, heads, n, d)
+        return rows(self.e, self.r, self.d), q_pos, rows(self.g, self.s, self.d), rows(self.g, self.s, self.c), k_pos, bias, index
+
+    def options(self) -> dict:
+        return dict(block=self.block, scale=self.d**-0.5, softcap=self.softcap, window=self.window)
+
+
+CASES = {
+    "pages": Case(),
+    "several tiles": Case(s=1024, block=16, m=40, live=0.7),
+    "bf16": Case(dtype="bfloat16", d=64, c=64),
+    "rows": Case(block=1, m=17, live=0.8),
+    "many rows": Case(block=1, s=700, m=600, b=1),
+    "a list a query head": Case(e=8, r=1),
+    "wide values": Case(c=64, d=16),
+    "window and soft-cap": Case(window=20, softcap=5.0),
+    "blocks of 51": Case(block=51, s=51 * 6, m=4, live=0.8),
+    "bf16 rows": Case(block=1, m=17, live=0.8, dtype="bfloat16"),
+    "bf16 blocks of 51": Case(block=51, s=51 * 6, m=4, live=0.8, dtype="bfloat16"),
+    "nothing listed": Case(live=0.0),
+    "nothing live": Case(dead=1.0),
+    "one query": Case(r=1, e=2, g=1),
+}
+LARGE = {  # for lowering and benchmarks
+    "quest 16k": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=16, m=51, dtype="bfloat16"),
+    "quest 128k": Case(b=1, g=8, e=8, r=4, s=131072, d=128, c=128, block=16, m=409, dtype="bfloat16"),
+    "pages of 64": Case(b=1, g=8, e=8, r=4, s=131072, d=128, c=128, block=64, m=102, dtype="bfloat16"),
+    "blocks of 51": Case(b=1, g=8, e=128, r=4, s=16320, d=128, c=128, block=51, m=1, dtype="bfloat16"),
+    "rows 16k f32": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=1, m=819),
+    "rows 16k": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=1, m=819, dtype="bfloat16"),
+}

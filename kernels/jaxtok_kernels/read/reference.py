@@ -1,0 +1,36 @@
+"""Attention to listed blocks of a cache, written plainly in float32."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def read(
+    q: Float[Array, "b e r d"],
+    q_pos: Int[Array, "b r"],
+    k: Float[Array, "b g s d"],
+    v: Float[Array, "b g s c"],
+    k_pos: Int[Array, "b g s"],
+    bias: Float[Array, "b g s"],
+    index: Int[Array, "b e m"],
+    *,
+    block: int,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Float[Array, "b e r c"], Float[Array, "b e r"]]:
+    """See `jaxtok_kernels.read.read`."""
+    (b, g, s, d), e = k.shape, index.shape[1]
+    listed = jnp.any(jnp.arange(s // block, dtype=jnp.int32)[None, None, :, None] == index[:, :, None], -1)  # [b e blocks]
+    wide = lambda x: jnp.repeat(x, e // g, 1)
+    keys, values, at, extra = (wide(x) for x in (k.astype(jnp.float32), v.astype(jnp.float32), k_pos, bias))
+    logit = jnp.einsum("berd,besd->bers", q.astype(jnp.float32), keys) * scale
+    logit = logit if softcap is None else softcap * jnp.tanh(logit / softcap)
+    logit = logit + extra[:, :, None]
+    mine, theirs = q_pos[:, None, :, None], at[:, :, None, :]
+    seen = (theirs >= 0) & (theirs <= mine) & jnp.repeat(listed, block, 2)[:, :, None]
+    seen = seen if window is None else seen & (mine - theirs < window)
+    top = jnp.max(jnp.where(seen, logit, -jnp.inf), -1, keepdims=True)
+    mass = jnp.where(seen, jnp.exp(logit - jnp.where(top > -jnp.inf, top, 0.0)), 0.0)
+    total = jnp.sum(mass, -1, keepdims=True)
+    out = jnp.einsum("bers,besc->berc", mass / jnp.where(total > 0, total, 1.0), values)
+    return out, jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]

@@ -1,0 +1,145 @@
+"""Attention to listed blocks of a cache on TPUs: each block is copied from where it lies, while the one before it is attended to."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+TILE = 256  # rows of a tile, whose copies are in flight together; fewer than two blocks make tiles of one
+LANES, ALIGNED = 128, 8  # rows narrower than 32 bits lie two (or four) to a word: a copy begins at a word, or at a whole tile of eight
+
+
+def read(q, q_pos, k, v, k_pos, bias, index, *, block: int, scale: float, softcap=None, window=None, interpret: Any = False):
+    """See `jaxtok_kernels.read.read`. k_pos and bias of what is copied are gathered outside: 8 bytes a row.
+
+    Blocks that are no multiple of eight rows are copied row by row, 16-bit ones by pairs of rows, up to one row more at each end.
+    """
+    (b, g, s, d), (e, m), r, c = k.shape, index.shape[1:], q.shape[2], v.shape[3]
+    pack = 1 if block % ALIGNED == 0 else 4 // k.dtype.itemsize
+    if s % pack:
+        raise ValueError(f"blocks of {block} {k.dtype} rows are copied by {pack}; round the {s} slots of the cache up to a multiple")
+    words = block // pack if block % pack == 0 else (block + pack - 2) // pack + 1  # that a block may touch
+    rows = words * pack
+    each = min(max(1, TILE // rows), m)
+    tiles = -(-m // each)
+    index = -jnp.sort(-index, -1)  # unused entries last
+    index = jnp.pad(index, ((0, 0), (0, 0), (0, tiles * each - m)), constant_values=-1)
+    count = jnp.sum(index >= 0, -1, dtype=jnp.int32)
+    start = jnp.minimum(jnp.maximum(index, 0) * block // pack, s // pack - words)
+    row = start[..., None] * pack + jnp.arange(rows, dtype=jnp.int32)[None, None, None]
+    mine = (index >= 0)[..., None] & (row // block == index[..., None])
+    listed = lambda x, fill: jnp.where(mine, _rows(x, row), fill).reshape(b, e, tiles, 1, each * rows)
+
+    def whole(*shape):
+        return pl.BlockSpec((None, None, *shape), lambda i, j, *_: (i, j, *(0,) * len(shape)))
+
+    kernel = functools.partial(_kernel, words=words, pack=pack, each=each, heads=e // g, scale=scale, softcap=softcap, window=window)
+    out, lse = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(b, e),
+            in_specs=[
+                whole(r, d),
+                pl.BlockSpec((None, r, 1), lambda i, j, *_: (i, 0, 0)),
+                whole(tiles, 1, each * rows),
+                whole(tiles, 1, each * rows),
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pl.ANY),
+            ],
+            out_specs=[whole(r, c), whole(r, LANES)],
+            scratch_shapes=[
+                pltpu.VMEM((2, each * words, d), jnp.uint32 if pack > 1 else k.dtype),
+                pltpu.VMEM((2, each * words, c), jnp.uint32 if pack > 1 else v.dtype),
+                pltpu.SemaphoreType.DMA((2, 2)),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((b, e, r, c), q.dtype), jax.ShapeDtypeStruct((b, e, r, LANES), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * b * e * r * m * rows * (d + c),
+            bytes_accessed=b * e * m * rows * ((d + c) * k.dtype.itemsize + 8) + b * e * r * ((d + c) * q.dtype.itemsize + 4),
+            transcendentals=b * e * r * m * rows,
+        ),
+        name="read_blocks",
+        interpret=interpret,
+    )(start.reshape(b, -1), count, q, q_pos[..., None], listed(k_pos, -1), listed(bias, 0.0), k, v)
+    return out, lse[..., 0]
+
+
+def _rows(x, row):
+    """The values [b e m rows] of x [b g s]."""
+    (b, g), e = x.shape[:2], row.shape[1]
+    return jnp.take_along_axis(x, row.reshape(b, g, -1), 2).reshape(b, e, *row.shape[2:])
+
+
+def _kernel(
+    start, count, q, q_pos, k_pos, bias, k, v, out, lse, k_tile, v_tile, done, *, words, pack, each, heads, scale, softcap, window
+):
+    b, e = pl.program_id(0), pl.program_id(1)
+    g, n = e // heads, count[b, e]
+    first, kinds = e * (k_pos.shape[0] * each), (k.dtype, v.dtype)
+    size = words if words % ALIGNED == 0 else 1  # words of a copy
+    if pack > 1:
+        k, v = k.bitcast(jnp.uint32), v.bitcast(jnp.uint32)
+
+    def copies(tile, j):
+        """The copies of part j of a tile: a block, or one word of one."""
+        slot = lax.rem(tile, 2)
+        if size == words:
+            where = pl.ds(pl.multiple_of(start[b, first + tile * each + j], ALIGNED), words)
+        else:
+            where = pl.ds(start[b, first + tile * each + j // words] + lax.rem(j, words), 1)
+        to = pl.ds(j * size, size)
+        return (
+            pltpu.make_async_copy(k.at[b, g, where], k_tile.at[slot, to], done.at[slot, 0]),
+            pltpu.make_async_copy(v.at[b, g, where], v_tile.at[slot, to], done.at[slot, 1]),
+        )
+
+    def every(tile, act):
+        def one(j, _):
+            for copy in copies(tile, j):
+                act(copy)
+
+        lax.fori_loop(0, jnp.minimum(each, n - tile * each) * (words // size), one, None)
+
+    def attend(tile, state):
+        top, total, acc = state
+
+        @pl.when((tile + 1) * each < n)
+        def _():
+            every(tile + 1, lambda copy: copy.start())
+
+        every(tile, lambda copy: copy.wait())
+        slot = lax.rem(tile, 2)
+        there = lax.broadcasted_iota(jnp.int32, (each * words, 1), 0) < (n - tile * each) * words  # what was copied
+        keys, values = (jnp.where(there, x[slot], jnp.zeros((), x.dtype)) for x in (k_tile, v_tile))
+        if pack > 1:
+            keys, values = (pltpu.bitcast(x, kind) for x, kind in zip((keys, values), kinds, strict=True))
+        logit = lax.dot_general(q[...], keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
+        logit = logit if softcap is None else softcap * jnp.tanh(logit / softcap)
+        mine, theirs = q_pos[...], k_pos[tile]
+        seen = (theirs >= 0) & (theirs <= mine)
+        seen = seen if window is None else seen & (mine - theirs < window)
+        logit = jnp.where(seen, logit + bias[tile], -jnp.inf)
+        new = jnp.maximum(top, jnp.max(logit, -1, keepdims=True))
+        safe = jnp.where(new > -jnp.inf, new, 0.0)
+        mass, fade = jnp.exp(logit - safe), jnp.exp(top - safe)
+        value = lax.dot_general(mass.astype(values.dtype), values, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return new, total * fade + jnp.sum(mass, -1, keepdims=True), acc * fade + value
+
+    @pl.when(n > 0)
+    def _():
+        every(0, lambda copy: copy.start())
+
+    r, c = out.shape
+    nothing = jnp.full((r, 1), -jnp.inf, jnp.float32), jnp.zeros((r, 1), jnp.float32), jnp.zeros((r, c), jnp.float32)
+    top, total, acc = lax.fori_loop(0, pl.cdiv(n, each), attend, nothing)
+    live = total > 0
+    norm = jnp.where(live, total, 1.0)
+    out[...] = jnp.where(live, acc / norm, 0.0).astype(out.dtype)
+    lse[...] = jnp.broadcast_to(jnp.where(live, top + jnp.log(norm), -jnp.inf), lse.shape)
