@@ -175,7 +175,6 @@ class KeyIndex(NamedTuple):
     index: jax.Array  # i32 [b e nb] block numbers; -1 = unused entry; e = g, or h: each query head reads its own
     rope: jax.Array | None = None  # i32 [b e nb*block] rotary ids to place raw keys at
     query: jax.Array | None = None  # i32 [b e t] rotary ids of the queries among them; goes with `rope`
-    bias: jax.Array | None = None  # f32 [b e nb*block] added to the cache's own bias
 
 
 class BlockTable(NamedTuple):

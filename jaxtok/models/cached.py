@@ -23,7 +23,7 @@ from jaxtok.models.config import Config
 from jaxtok.ops.attention import attention, merge
 from jaxtok.ops.cache import append, block_slots, place, scatter
 from jaxtok.ops.evidence import peak, received, rows
-from jaxtok.ops.read import take_kv
+from jaxtok.ops.read import attend_blocks, take_kv
 
 
 def raw(recipe: Recipe) -> bool:
@@ -305,7 +305,7 @@ def step_part(
     kv = kv._replace(seen=kv.seen + count[:, -1])
     see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
     turned: Any = q if unturned else rotate_by(q, rope, freqs)
-    keys, values, slots = kv.k, kv.v, None
+    keys, values, slots, out = kv.k, kv.v, None, None
     if reader is not None:
         own, sight = learned.get("reader", {}), Sight(freqs, see["window"], cfg.softcap, cfg.scale, impl, ids)
         reading, known = _written(reader, own, reading, kv, at, k.shape[2], see["window"], count[:, -1])
@@ -316,18 +316,21 @@ def step_part(
             return out, Part(kv, state, reading, frozen), carry
         reading, carry, index = reader.read(own, i, reading, carry, turned, pos, known, sight)
         if index is not None:
-            slots = block_slots(index.index, reader.block)
-            keys, values, k_pos, bias = take_kv(kv, slots)
-            see |= {"k_pos": k_pos, "bias": bias if index.bias is None else bias + index.bias}
+            if unturned and (index.rope is None or index.query is None):
+                raise ValueError(f"{reader.name} reads raw keys and must say where they and the queries stand (KeyIndex.rope and .query)")
             if unturned:
-                if index.rope is None or index.query is None:
-                    raise ValueError(
-                        f"{reader.name} reads raw keys and must say where they and the queries stand (KeyIndex.rope and .query)"
-                    )
-                turned, keys = turn(q, jnp.repeat(index.query, q.shape[1] // slots.shape[1], 1), freqs), turn(keys, index.rope, freqs)
-    if unturned and slots is None:
+                turned = turn(q, jnp.repeat(index.query, q.shape[1] // index.index.shape[1], 1), freqs)
+            if policy is None or policy.step_needs == Needs():
+                out, lse = attend_blocks(turned, pos, known, index.index, sight, reader.block, index.rope if unturned else None)
+            else:  # a policy that looks at the attention to the slots that are read
+                slots = block_slots(index.index, reader.block)
+                keys, values, k_pos, bias = take_kv(kv, slots)
+                keys = turn(keys, index.rope, freqs) if unturned else keys
+                see |= {"k_pos": k_pos, "bias": bias}
+    if unturned and slots is None and out is None:
         turned, keys = place(q, kv, jnp.minimum(at, kv.k.shape[2] - k.shape[2]), freqs)
-    out, lse = attention(turned, keys, values, impl=impl, **see)
+    if out is None:
+        out, lse = attention(turned, keys, values, impl=impl, **see)
     if policy is not None:
         own = learned.get("policy", {})
         seen: dict[str, Any] = observe(policy.step_needs, turned, keys, lse, see)

@@ -1,15 +1,19 @@
 """Attention of a step to all slots of a cache or to some of them, for readers."""
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtok_kernels.read import IMPLS, read
 from jaxtyping import Array, Float, Int
 
 from jaxtok.core.reader import Sight
 from jaxtok.core.reduce import gather
+from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV
 from jaxtok.ops._chunked import as_window, bounded, check
 from jaxtok.ops.attention import attention
+from jaxtok.ops.cache import block_slots
 
 
 def take(x: Array, slots: Int[Array, "b e m"]) -> Array:
@@ -27,13 +31,48 @@ def take_kv(kv: KV, slots: Int[Array, "b e m"]) -> tuple[Array, Array, Array, Ar
 
 def attend_all(q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight) -> tuple[Array, Array]:
     """(values, logsumexp) of attention to every slot."""
+    if see.impl in IMPLS:
+        s = kv.pos.shape[2]
+        block = math.gcd(s, 128)
+        every = jnp.broadcast_to(jnp.arange(s // block, dtype=jnp.int32)[None, None], (*kv.pos.shape[:2], s // block))
+        return attend_blocks(q, pos, kv, every, see, block)
     return _attend(q, kv.k, kv.v, pos, kv.pos, kv.bias, see)
 
 
 def attend_slots(q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, slots: Int[Array, "b e m"], see: Sight) -> tuple[Array, Array]:
     """(values, logsumexp) of attention to the listed slots, each listed once; -1 = unused entry."""
-    k, v, k_pos, bias = take_kv(kv, slots)
-    return _attend(q, k, v, pos, k_pos, bias, see)
+    return attend_blocks(q, pos, kv, slots, see, 1)
+
+
+def attend_blocks(
+    q: Float[Array, "b h t d"],
+    pos: Int[Array, "b t"],
+    kv: KV,
+    index: Int[Array, "b e m"],
+    see: Sight,
+    block: int,
+    ids: Int[Array, "b e n"] | None = None,
+) -> tuple[Array, Array]:
+    """(values, logsumexp) of attention to the listed blocks of `block` slots, each listed once; -1 = unused entry.
+
+    ids: the rotary ids of the n = m * block listed slots, where keys are stored unrotated; q is rotated.
+    With a named impl the kernel of `jaxtok_kernels.read` reads the slots where they lie; XLA gathers them first.
+    """
+    if see.impl not in IMPLS:
+        k, v, k_pos, bias = take_kv(kv, index if block == 1 else block_slots(index, block))
+        k = k if ids is None else turn(k, ids, see.freqs)
+        return _attend(q, k, v, pos, k_pos, bias, see)
+    check(q, kv.k, pos, kv.pos, v=kv.v, bias=kv.bias, softcap=see.softcap)
+    (b, h, t, d), e = q.shape, index.shape[1]
+    if not e or h % e:
+        raise ValueError(f"{h} query heads cannot read {e} lists of blocks")
+    if see.window is not None and not isinstance(see.window, int):
+        raise NotImplementedError(f"impl={see.impl!r} takes a static window (int or None), got {see.window!r}; use impl='xla'")
+    out, lse = read(
+        q.reshape(b, e, h // e * t, d), jnp.tile(pos, (1, h // e)), kv.k, kv.v, kv.pos, kv.bias, index,
+        ids, None if ids is None else see.freqs, block=block, scale=d**-0.5 if see.scale is None else float(see.scale), softcap=see.softcap, window=see.window, impl=see.impl,
+    )  # fmt: skip
+    return out.reshape(b, h, t, -1), lse.reshape(b, h, t)
 
 
 def _attend(q, k, v, q_pos, k_pos, bias, see: Sight) -> tuple[Array, Array]:

@@ -40,8 +40,8 @@ class Landmark(Reader):
     the whole landmark attention. (For n <= k the official code moves the blocks one slot on, into the local ones; not copied.)
 
     A model trained so attends this way everywhere, hence its prompts go through `decode.prefill_chunked(read=True)`; plain attention is
-    no limit of it, whatever the budget. The gates depend on the query and its head and come with a softmax in each block, which
-    KeyIndex.bias could say for single queries and one query head a KV head only: so this reader attends by itself. With "heads"
+    no limit of it, whatever the budget. The gates depend on the query and its head and come with a softmax in each block: so this
+    reader attends by itself. With "heads"
     the query heads of a KV head read one set, whose bytes are spent once.
     """
 

@@ -16,6 +16,8 @@ def read(
     k_pos: Int[Array, "b g s"],
     bias: Float[Array, "b g s"],
     index: Int[Array, "b e m"],
+    ids: Int[Array, "b e n"] | None = None,
+    freqs: Float[Array, " f"] | None = None,
     *,
     block: int,
     scale: float,
@@ -29,6 +31,9 @@ def read(
     rows stands at q_pos[:, i] (-1 = dead) and sees the slots of its blocks with 0 <= k_pos <= q_pos and, with a window,
     q_pos - k_pos < window; logit = softcap(scale q.k) + bias. A row that sees nothing gets 0 and -inf.
 
+    ids: rotary ids of the n = m * block listed slots, for keys that are stored unrotated (q is rotated): channels c and c + f of a key
+    turn by id * freqs[c]. None = keys are used as they are.
+
     impl: "pallas_tpu", or "interpret", which runs that kernel in the Pallas interpreter on any machine.
 
     Bytes: listed blocks of k, v, 8 a listed slot for positions and biases, q, out. ValueError: shapes that do not fit.
@@ -37,6 +42,8 @@ def read(
     if not g or e % g or q.shape[:2] != (b, e) or q_pos.shape != (b, q.shape[2]) or bias.shape != k_pos.shape:
         shapes = [list(x.shape) for x in (q, q_pos, k, v, k_pos, bias, index)]
         raise ValueError(f"q, q_pos, k, v, k_pos, bias, index are {shapes}; e must be a multiple of g, and batch, rows and slots agree")
+    if (ids is None) != (freqs is None) or (ids is not None and ids.shape != (b, e, m * block)):
+        raise ValueError(f"ids must be [{b} {e} {m * block}] and come with freqs, got {None if ids is None else list(ids.shape)}")
     if block < 1 or s % block:
         raise ValueError(f"a cache of {s} slots has no blocks of {block}")
     if impl not in IMPLS:
@@ -44,6 +51,5 @@ def read(
     if not m or not q.size or not s:
         return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     interpret = impl == "interpret"
-    return tpu.read(
-        q, q_pos, k, v, k_pos, bias, index, block=block, scale=scale, softcap=softcap, window=window, interpret=interpret
-    )
+    given = q, q_pos, k, v, k_pos, bias, index, ids, freqs
+    return tpu.read(*given, block=block, scale=scale, softcap=softcap, window=window, interpret=interpret)

@@ -23,9 +23,10 @@ class Case:
     softcap: float | None = None
     window: int | None = None
     dead: float = 0.1  # share of slots without a token
+    turned: int = 0  # channels that turn by an id of each listed slot
 
     def arrays(self, seed: int = 0) -> tuple[np.ndarray, ...]:
-        """q, q_pos, k, v, k_pos, bias, index as numpy (float32; cast q, k, v to `dtype`)."""
+        """q, q_pos, k, v, k_pos, bias, index (and ids, freqs) as numpy (float32; cast q, k, v to `dtype`)."""
         rng = np.random.default_rng(seed)
         normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
         k_pos = np.stack([[rng.permutation(self.s) for _ in range(self.g)] for _ in range(self.b)]).astype(np.int32)
@@ -36,7 +37,11 @@ class Case:
         q_pos[:, self.r // 2 :][:, 1:] = -1 if self.r > 2 else q_pos[:, self.r // 2 :][:, 1:]  # dead queries
         bias = np.log(rng.integers(1, 4, k_pos.shape)).astype(np.float32)
         rows = lambda heads, n, d: normal(self.b, heads, n, d)
-        return rows(self.e, self.r, self.d), q_pos, rows(self.g, self.s, self.d), rows(self.g, self.s, self.c), k_pos, bias, index
+        out = rows(self.e, self.r, self.d), q_pos, rows(self.g, self.s, self.d), rows(self.g, self.s, self.c), k_pos, bias, index
+        if not self.turned:
+            return out
+        ids = rng.integers(0, self.s, (self.b, self.e, self.m * self.block)).astype(np.int32)
+        return *out, ids, (10_000.0 ** -np.linspace(0, 1, self.turned // 2)).astype(np.float32)
 
     def options(self) -> dict:
         return dict(block=self.block, scale=self.d**-0.5, softcap=self.softcap, window=self.window)
@@ -54,6 +59,9 @@ CASES = {
     "blocks of 51": Case(block=51, s=51 * 6, m=4, live=0.8),
     "bf16 rows": Case(block=1, m=17, live=0.8, dtype="bfloat16"),
     "bf16 blocks of 51": Case(block=51, s=51 * 6, m=4, live=0.8, dtype="bfloat16"),
+    "unrotated pages": Case(turned=32, live=0.7),
+    "unrotated rows": Case(turned=16, block=1, m=17, live=0.8, dtype="bfloat16"),
+    "unrotated blocks of 51": Case(turned=32, block=51, s=51 * 6, e=8, r=1, m=1, dtype="bfloat16"),
     "nothing listed": Case(live=0.0),
     "nothing live": Case(dead=1.0),
     "one query": Case(r=1, e=2, g=1),
@@ -64,5 +72,7 @@ LARGE = {  # for lowering and benchmarks
     "pages of 64": Case(b=1, g=8, e=8, r=4, s=131072, d=128, c=128, block=64, m=102, dtype="bfloat16"),
     "blocks of 51": Case(b=1, g=8, e=128, r=4, s=16320, d=128, c=128, block=51, m=1, dtype="bfloat16"),
     "rows 16k f32": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=1, m=819),
+    "unrotated pages": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=16, m=51, turned=128, dtype="bfloat16"),
+    "unrotated blocks of 51": Case(b=1, g=8, e=128, r=4, s=16320, d=128, c=128, block=51, m=1, turned=128, dtype="bfloat16"),
     "rows 16k": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=1, m=819, dtype="bfloat16"),
 }

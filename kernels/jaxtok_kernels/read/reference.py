@@ -12,6 +12,8 @@ def read(
     k_pos: Int[Array, "b g s"],
     bias: Float[Array, "b g s"],
     index: Int[Array, "b e m"],
+    ids: Int[Array, "b e n"] | None = None,
+    freqs: Float[Array, " f"] | None = None,
     *,
     block: int,
     scale: float,
@@ -19,10 +21,19 @@ def read(
     window: int | None = None,
 ) -> tuple[Float[Array, "b e r c"], Float[Array, "b e r"]]:
     """See `jaxtok_kernels.read.read`."""
-    (b, g, s, d), e = k.shape, index.shape[1]
+    (b, g, s, _), e = k.shape, index.shape[1]
     listed = jnp.any(jnp.arange(s // block, dtype=jnp.int32)[None, None, :, None] == index[:, :, None], -1)  # [b e blocks]
     wide = lambda x: jnp.repeat(x, e // g, 1)
     keys, values, at, extra = (wide(x) for x in (k.astype(jnp.float32), v.astype(jnp.float32), k_pos, bias))
+    if ids is not None:
+        slot = (index[..., None] * block + jnp.arange(block, dtype=jnp.int32)[None, None, None]).reshape(b, e, -1)
+        slot = jnp.where(jnp.repeat(index, block, -1) < 0, s, slot)
+        b_, e_ = jnp.indices((b, e), sparse=True)
+        at_ids = jnp.zeros((b, e, s + 1), jnp.int32).at[b_[..., None], e_[..., None], slot].set(ids)[..., :s]
+        angle, f = at_ids[..., None].astype(jnp.float32) * freqs[None, None, None], freqs.shape[0]
+        x, y = keys[..., :f], keys[..., f : 2 * f]
+        turned = x * jnp.cos(angle) - y * jnp.sin(angle), y * jnp.cos(angle) + x * jnp.sin(angle)
+        keys = jnp.concatenate([*turned, keys[..., 2 * f :]], -1).astype(k.dtype).astype(jnp.float32)
     logit = jnp.einsum("berd,besd->bers", q.astype(jnp.float32), keys) * scale
     logit = logit if softcap is None else softcap * jnp.tanh(logit / softcap)
     logit = logit + extra[:, :, None]

@@ -13,8 +13,10 @@ TILE = 256  # rows of a tile, whose copies are in flight together; fewer than tw
 LANES, ALIGNED = 128, 8  # rows narrower than 32 bits lie two (or four) to a word: a copy begins at a word, or at a whole tile of eight
 
 
-def read(q, q_pos, k, v, k_pos, bias, index, *, block: int, scale: float, softcap=None, window=None, interpret: Any = False):
-    """See `jaxtok_kernels.read.read`. k_pos and bias of what is copied are gathered outside: 8 bytes a row.
+def read(
+    q, q_pos, k, v, k_pos, bias, index, ids=None, freqs=None, *, block: int, scale: float, softcap=None, window=None, interpret: Any = False
+):
+    """See `jaxtok_kernels.read.read`. k_pos and bias (and ids) of what is copied are gathered outside: 8 (12) bytes a row.
 
     Blocks that are no multiple of eight rows are copied row by row, 16-bit ones by pairs of rows, up to one row more at each end.
     """
@@ -26,18 +28,27 @@ def read(q, q_pos, k, v, k_pos, bias, index, *, block: int, scale: float, softca
     rows = words * pack
     each = min(max(1, TILE // rows), m)
     tiles = -(-m // each)
-    index = -jnp.sort(-index, -1)  # unused entries last
-    index = jnp.pad(index, ((0, 0), (0, 0), (0, tiles * each - m)), constant_values=-1)
+    last = ((0, 0), (0, 0), (0, tiles * each - m))
+    order = jnp.argsort(index < 0, -1)  # unused entries last
+    index = jnp.pad(jnp.take_along_axis(index, order, -1), last, constant_values=-1)
     count = jnp.sum(index >= 0, -1, dtype=jnp.int32)
     start = jnp.minimum(jnp.maximum(index, 0) * block // pack, s // pack - words)
     row = start[..., None] * pack + jnp.arange(rows, dtype=jnp.int32)[None, None, None]
     mine = (index >= 0)[..., None] & (row // block == index[..., None])
     listed = lambda x, fill: jnp.where(mine, _rows(x, row), fill).reshape(b, e, tiles, 1, each * rows)
+    turned = ()
+    if ids is not None:
+        ids = jnp.take_along_axis(ids.reshape(b, e, m, block), order[..., None], 2)
+        ids = jnp.pad(ids, (*last, (0, 0)))
+        ids = jnp.where(mine, jnp.take_along_axis(ids, jnp.clip(row - index[..., None] * block, 0, block - 1), 3), 0)
+        turned = ids.reshape(b, e, tiles, each * rows, 1), freqs[None]
 
     def whole(*shape):
         return pl.BlockSpec((None, None, *shape), lambda i, j, *_: (i, j, *(0,) * len(shape)))
 
-    kernel = functools.partial(_kernel, words=words, pack=pack, each=each, heads=e // g, scale=scale, softcap=softcap, window=window)
+    kernel = functools.partial(
+        _kernel, turns=ids is not None, words=words, pack=pack, each=each, heads=e // g, scale=scale, softcap=softcap, window=window
+    )
     out, lse = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -50,6 +61,7 @@ def read(q, q_pos, k, v, k_pos, bias, index, *, block: int, scale: float, softca
                 whole(tiles, 1, each * rows),
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
+                *([whole(tiles, each * rows, 1), pl.BlockSpec(freqs[None].shape, lambda *_: (0, 0))] if turned else []),
             ],
             out_specs=[whole(r, c), whole(r, LANES)],
             scratch_shapes=[
@@ -62,13 +74,24 @@ def read(q, q_pos, k, v, k_pos, bias, index, *, block: int, scale: float, softca
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         cost_estimate=pl.CostEstimate(
             flops=2 * b * e * r * m * rows * (d + c),
-            bytes_accessed=b * e * m * rows * ((d + c) * k.dtype.itemsize + 8) + b * e * r * ((d + c) * q.dtype.itemsize + 4),
+            bytes_accessed=b * e * m * rows * ((d + c) * k.dtype.itemsize + (12 if turned else 8))
+            + b * e * r * ((d + c) * q.dtype.itemsize + 4),
             transcendentals=b * e * r * m * rows,
         ),
         name="read_blocks",
         interpret=interpret,
-    )(start.reshape(b, -1), count, q, q_pos[..., None], listed(k_pos, -1), listed(bias, 0.0), k, v)
+    )(start.reshape(b, -1), count, q, q_pos[..., None], listed(k_pos, -1), listed(bias, 0.0), k, v, *turned)
     return out, lse[..., 0]
+
+
+def _turn(x, ids, freqs):
+    """The rotary embedding of rows [n d] at ids [n 1]."""
+    angle = ids.astype(jnp.float32) * freqs
+    cos, sin, r = jnp.cos(angle), jnp.sin(angle), freqs.shape[1]
+    wide = x.astype(jnp.float32)
+    a, b = wide[:, :r], wide[:, r : 2 * r]
+    rest = [wide[:, 2 * r :]] if 2 * r < x.shape[1] else []
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, *rest], -1).astype(x.dtype)
 
 
 def _rows(x, row):
@@ -77,9 +100,8 @@ def _rows(x, row):
     return jnp.take_along_axis(x, row.reshape(b, g, -1), 2).reshape(b, e, *row.shape[2:])
 
 
-def _kernel(
-    start, count, q, q_pos, k_pos, bias, k, v, out, lse, k_tile, v_tile, done, *, words, pack, each, heads, scale, softcap, window
-):
+def _kernel(start, count, q, q_pos, k_pos, bias, k, v, *rest, turns, words, pack, each, heads, scale, softcap, window):
+    ids, freqs, out, lse, k_tile, v_tile, done = rest if turns else (None, None, *rest)
     b, e = pl.program_id(0), pl.program_id(1)
     g, n = e // heads, count[b, e]
     first, kinds = e * (k_pos.shape[0] * each), (k.dtype, v.dtype)
@@ -120,6 +142,8 @@ def _kernel(
         keys, values = (jnp.where(there, x[slot], jnp.zeros((), x.dtype)) for x in (k_tile, v_tile))
         if pack > 1:
             keys, values = (pltpu.bitcast(x, kind) for x, kind in zip((keys, values), kinds, strict=True))
+        if turns:
+            keys = _turn(keys, ids[tile], freqs[...])
         logit = lax.dot_general(q[...], keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
         logit = logit if softcap is None else softcap * jnp.tanh(logit / softcap)
         mine, theirs = q_pos[...], k_pos[tile]
