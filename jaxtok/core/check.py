@@ -90,14 +90,16 @@ def reading(q, pos, kv) -> None:
     """ValueError unless queries [b h t d] at positions [b t] can read this cache."""
     cache(kv)
     b, g = kv.pos.shape[:2]
-    if q.ndim != 4 or q.shape[0] != b or not q.shape[1] or q.shape[1] % g or not q.shape[3] or pos.shape != (b, q.shape[2]):
+    if q.ndim != 4 or q.shape[0] != b or not q.shape[1] * q.shape[2] or q.shape[1] % g or not q.shape[3] or pos.shape != (b, q.shape[2]):
         raise ValueError(
             f"q is {list(q.shape)} at {list(pos.shape)} for a cache {list(kv.k.shape)}; they must be [{b} h t d], [{b} t], h a multiple of {g}"
         )
 
 
 def given(name: str, value):
-    """`value`, or ValueError where it is None: evidence that a method's `needs` asks for was not handed to it."""
+    """`value`, or ValueError where it is None or empty: evidence that a method's `needs` asks for was not handed to it."""
     if value is None:
         raise ValueError(f"evidence.{name} is missing; compute what the method's `needs` asks for, or let the model do it")
+    if hasattr(value, "shape") and 0 in value.shape:
+        raise ValueError(f"evidence.{name} is empty: {list(value.shape)}")
     return value

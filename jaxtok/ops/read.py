@@ -92,7 +92,7 @@ def attend_scores(
     logit = jnp.einsum("bgqtd,bgsd->bgqts", q.reshape(b, g, h // g, t, d), kv.k, preferred_element_type=jnp.float32)
     logit = logit * (d**-0.5 if see.scale is None else float(see.scale))
     if see.softcap is not None:
-        logit = see.softcap * jnp.tanh(logit / see.softcap)
+        logit = float(see.softcap) * jnp.tanh(logit / float(see.softcap))
     at, of = pos[:, None, None, :, None], kv.pos[:, :, None, None]
     seen = (at >= 0) & (of >= 0) & (of <= at)
     if window is not None:

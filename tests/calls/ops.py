@@ -151,4 +151,14 @@ def _(s):
 
 
 case("ops.read.take")(lambda s: Case(read.take, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d), "slots": slots(s, v)}))
+
+
+@case("ops.read.attend_blocks")
+def _(s):
+    fn = lambda index, q, pos, kv, freqs, **how: seen(
+        lambda q, pos, kv, see: read.attend_blocks(q, pos, kv, index, see, 1), q, pos, kv, freqs, **how
+    )
+    return Case(fn, lambda v: queries(s, v, min(s.t, 9)) | {"index": slots(s, v)}, sight(s), infinite=True)
+
+
 case("ops.read.take_kv")(lambda s: Case(read.take_kv, lambda v: {"kv": v.kv(packed=False), "slots": slots(s, v)}))

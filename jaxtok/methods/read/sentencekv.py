@@ -136,6 +136,7 @@ class SentenceKV(Reader):
     def attend(
         self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight
     ) -> tuple[Any, Any, Array, Array]:
+        check.reading(q, pos, kv)
         if not isinstance(state, Sentences):
             return state, carry, *attend_all(q, pos, kv, see)
         live, t = pos >= 0, q.shape[2]
