@@ -24,7 +24,7 @@ class Traffic(NamedTuple):
     """Bytes that a reader moves in one step of one query in one layer, for the whole batch."""
 
     choose: int  # read and written to decide: representatives, positions, scores
-    attend: int  # keys and values that are attended to, each read where it lies; XLA's gather adds a copy, written and read
+    attend: int  # keys and values that are attended to, read where they lie; XLA's gather adds a copy, written and read
 
 
 class Reader(Method):
@@ -71,9 +71,13 @@ class Reader(Method):
         return Traffic(0, attended(kv, h))
 
 
-def attended(kv: KV, h: int, slots: int | None = None) -> int:
-    """Bytes of attention to `slots` slots a KV head (None = all): keys, values, positions, biases, and a 4-byte logit a query head that
-    goes to memory and back three times (maximum, sum, weighted values)."""
+def attended(kv: KV, h: int, slots: int | None = None, placed: bool = False) -> int:
+    """Bytes of attention to all slots by h query heads, or to `slots` listed ones of each KV head.
+
+    All: keys, values, positions, biases, and a 4-byte logit a query head that goes to memory and back three times (maximum, sum, weighted
+    values). Listed: keys and values, which a kernel reads where they lie; positions, biases and the list are made ready for it (48 bytes a
+    slot, and 24 for the rotary ids of keys that it has to place).
+    """
     b, g, s, d = kv.k.shape
-    n = s if slots is None else min(slots, s)
-    return b * n * (g * ((d + kv.v.shape[-1]) * kv.k.dtype.itemsize + 8) + 24 * h)
+    row = (d + kv.v.shape[-1]) * kv.k.dtype.itemsize
+    return b * s * (g * (row + 8) + 24 * h) if slots is None else b * g * min(slots, s) * (row + (72 if placed else 48))

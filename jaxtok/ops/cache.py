@@ -66,12 +66,14 @@ def place(q: Float[Array, "b h t d"], kv: KV, first: Array, freqs: Array) -> tup
     return turn(q, jnp.repeat(own, q.shape[1] // own.shape[1], 1), freqs), turn(kv.k, rank, freqs)
 
 
-def block_slots(index: Int[Array, "b g nb"], block: int) -> Int[Array, "b g m"]:
-    """The slots of the listed blocks of `block` slots; -1 for unused entries."""
+def block_slots(index: Int[Array, "b g nb"], block: int, stride: int | None = None) -> Int[Array, "b g m"]:
+    """The slots of the listed blocks of `block` slots, one every `stride` (None = block); -1 for unused entries."""
     check.count("block", block)
+    stride = block if stride is None else stride
+    check.count("stride", stride)
     if index.ndim != 3:
         raise ValueError(f"index must be [b g nb], got {list(index.shape)}")
-    slots = index[..., None] * block + jnp.arange(block, dtype=jnp.int32)[None, None, None]
+    slots = index[..., None] * stride + jnp.arange(block, dtype=jnp.int32)[None, None, None]
     return jnp.where(index[..., None] < 0, -1, slots).reshape(*index.shape[:2], index.shape[2] * block)
 
 

@@ -29,9 +29,14 @@ def take_kv(kv: KV, slots: Int[Array, "b e m"]) -> tuple[Array, Array, Array, Ar
     return take(kv.k, slots), take(kv.v, slots), jnp.where(slots < 0, -1, take(kv.pos, slots)), take(kv.bias, slots)
 
 
+def in_place(see: Sight) -> bool:
+    """Whether a kernel reads slots where they lie; XLA gathers them first."""
+    return see.impl in IMPLS
+
+
 def attend_all(q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight) -> tuple[Array, Array]:
     """(values, logsumexp) of attention to every slot."""
-    if see.impl in IMPLS:
+    if in_place(see):
         s = kv.pos.shape[2]
         block = math.gcd(s, 128)
         every = jnp.broadcast_to(jnp.arange(s // block, dtype=jnp.int32)[None, None], (*kv.pos.shape[:2], s // block))
@@ -52,14 +57,16 @@ def attend_blocks(
     see: Sight,
     block: int,
     ids: Int[Array, "b e n"] | None = None,
+    stride: int | None = None,
 ) -> tuple[Array, Array]:
-    """(values, logsumexp) of attention to the listed blocks of `block` slots, each listed once; -1 = unused entry.
+    """(values, logsumexp) of attention to the listed blocks of `block` slots, one every `stride` (None = block); -1 = unused entry.
 
     ids: the rotary ids of the n = m * block listed slots, where keys are stored unrotated; q is rotated.
     With a named impl the kernel of `jaxtok_kernels.read` reads the slots where they lie; XLA gathers them first.
     """
-    if see.impl not in IMPLS:
-        k, v, k_pos, bias = take_kv(kv, index if block == 1 else block_slots(index, block))
+    stride = block if stride is None else stride
+    if not in_place(see):
+        k, v, k_pos, bias = take_kv(kv, index if block == stride == 1 else block_slots(index, block, stride))
         k = k if ids is None else turn(k, ids, see.freqs)
         return _attend(q, k, v, pos, k_pos, bias, see)
     check(q, kv.k, pos, kv.pos, v=kv.v, bias=kv.bias, softcap=see.softcap)
@@ -70,7 +77,7 @@ def attend_blocks(
         raise NotImplementedError(f"impl={see.impl!r} takes a static window (int or None), got {see.window!r}; use impl='xla'")
     out, lse = read(
         q.reshape(b, e, h // e * t, d), jnp.tile(pos, (1, h // e)), kv.k, kv.v, kv.pos, kv.bias, index,
-        ids, None if ids is None else see.freqs, block=block, scale=d**-0.5 if see.scale is None else float(see.scale), softcap=see.softcap, window=see.window, impl=see.impl,
+        ids, None if ids is None else see.freqs, block=block, stride=stride, scale=d**-0.5 if see.scale is None else float(see.scale), softcap=see.softcap, window=see.window, impl=see.impl,
     )  # fmt: skip
     return out.reshape(b, h, t, -1), lse.reshape(b, h, t)
 

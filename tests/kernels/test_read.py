@@ -40,7 +40,7 @@ def test_lowers_for_tpu(name):
 def test_refused():
     case = cases.Case()
     given = list(arrays(case))
-    with pytest.raises(ValueError, match="no blocks of 7"):
+    with pytest.raises(ValueError, match="a block of 7 at a multiple of 7"):
         read(*given, **case.options() | {"block": 7}, impl="interpret")
     with pytest.raises(ValueError, match="impl is 'fast'"):
         read(*given, **case.options(), impl="fast")

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -13,7 +14,7 @@ from jaxtok.core.registry import register
 from jaxtok.core.rotary import rotate_by, turn
 from jaxtok.core.types import KV
 from jaxtok.ops.landmark import grouped_softmax
-from jaxtok.ops.read import take
+from jaxtok.ops.read import attend_blocks, in_place, take
 
 
 @register(
@@ -77,6 +78,8 @@ class Landmark(Reader):
         row = jnp.arange(size, dtype=jnp.int32)[None, None, None, None]
         rank = jnp.cumsum((chosen >= 0).astype(jnp.int32), -1) - 1
         stand = jnp.where((n <= k)[:, None, None, None], chosen, rank + (chosen >= (n - k)[:, None, None, None]).astype(jnp.int32))
+        if in_place(see) and t == 1:
+            return state, carry, *self._step(q, pos, kv, see, first, n, base, chosen, stand, scale)
         where = lambda x, first: jnp.where(chosen[..., None] < 0, -1, x[..., None] * size + row + first).reshape(b, e, -1)
         slots = where(chosen, first[:, None, None, None, None])
         far = turn(take(kv.k, slots).astype(jnp.float32), jnp.maximum(where(stand, jnp.zeros((), jnp.int32)), 0), see.freqs)
@@ -104,6 +107,32 @@ class Landmark(Reader):
         out = out + jnp.einsum("bgjtm,bgmc->bgjtc", w_near, take(kv.v, at).astype(jnp.float32)).reshape(b, h, t, -1)
         return state, carry, out.astype(kv.v.dtype), lse
 
+    def _step(self, q, pos, kv: KV, see: Sight, first, n, base, chosen, stand, scale) -> tuple[Array, Array]:
+        """One query (rotated), its blocks read where they lie: each block's own attention, weighted by its gate beside the near tokens."""
+        (b, h, _, d), (e, _, k), size = q.shape, chosen.shape[1:], self.block
+        begin = jnp.where(chosen < 0, -1, chosen * size + first[:, None, None, None]).reshape(b, e * k, 1)
+        ids = (stand * size).reshape(b, e * k, 1) + jnp.arange(size - 1, dtype=jnp.int32)[None, None]
+        each = jnp.broadcast_to(q.reshape(b, e, 1, h // e, 1, d), (b, e, k, h // e, 1, d)).reshape(b, h * k, 1, d)
+        far, inside = attend_blocks(each.astype(kv.k.dtype), pos, kv, begin, see, size - 1, jnp.maximum(ids, 0), 1)
+        by_head = lambda x: jnp.swapaxes(x.reshape(b, e, k, h // e, -1), 2, 3).reshape(b, h, k, -1)
+        mark = jnp.where(chosen < 0, -1, chosen * size + first[:, None, None, None] + size - 1)[:, :, 0]
+        key = turn(take(kv.k, mark).astype(jnp.float32), jnp.maximum(stand[:, :, 0] * size + size - 1, 0), see.freqs)
+        gate = jnp.einsum("bejd,bekd->bejk", q.reshape(b, e, h // e, d), key).reshape(b, h, k) * scale
+        known = jnp.repeat((mark >= 0) & (take(kv.pos, mark) >= 0), h // e, 1) & (by_head(inside)[..., 0] > -jnp.inf)
+
+        order = n[:, None] * size + jnp.arange(size - 1, dtype=jnp.int32)[None]  # the block of the query itself
+        wide = lambda x: jnp.broadcast_to(x[:, None], (b, kv.pos.shape[1], size - 1))
+        at = wide(jnp.where(order <= pos, order + first[:, None], -1))
+        near = turn(take(kv.k, at).astype(jnp.float32), wide(base[:, None] + order - n[:, None] * size), see.freqs)
+        close = jnp.einsum("bgjd,bgmd->bgjm", score.grouped(q[:, :, 0], kv.pos.shape[1]), near).reshape(b, h, -1) * scale
+        logit = jnp.concatenate([jnp.where(known, gate, -jnp.inf), jnp.where((at >= 0)[:, :1], close, -jnp.inf)], -1)
+        lse = jax.nn.logsumexp(logit, -1)
+        weight = jnp.exp(logit - jnp.where(lse > -jnp.inf, lse, 0.0)[..., None])
+        out = jnp.einsum("bhk,bhkc->bhc", weight[..., :k], by_head(far).astype(jnp.float32))
+        values = take(kv.v, at).astype(jnp.float32)
+        out = out + jnp.einsum("bgjm,bgmc->bgjc", score.grouped(weight[..., k:], values.shape[1]), values).reshape(b, h, -1)
+        return out[:, :, None].astype(kv.v.dtype), lse[:, :, None]
+
     def _most(self, kv: KV) -> int:
         return max(kv.pos.shape[2] // self.block, 1)
 
@@ -130,9 +159,11 @@ class Landmark(Reader):
         return jnp.sort(jnp.where(best >= 0, block, -1), -1)
 
     def traffic(self, layer: int, h: int, kv: KV, hit: bool = False) -> Traffic:
-        """Every landmark's key and its 4-byte scores, which go to memory and back thrice; then `top_k` blocks and the incomplete one,
-        for each query head unless heads share."""
+        """Every landmark's key, gathered (moved thrice), and its 4-byte scores, which go to memory and back thrice; the tokens of `top_k`
+        blocks, for each query head unless heads share, where they lie; those of the query's own block, gathered."""
         b, g, s, d = kv.k.shape
-        marks = b * (s // self.block) * (g * d * kv.k.dtype.itemsize + 24 * h)
+        size, row = kv.k.dtype.itemsize, (d + kv.v.shape[-1]) * kv.k.dtype.itemsize
+        marks = b * (s // self.block) * (3 * g * d * size + 24 * h)
         heads = 1 if self.share == "heads" else h // g
-        return Traffic(marks, attended(kv, h // heads, heads * self.top_k * self.block) + attended(kv, h, self.block))
+        far = attended(kv, h, heads * self.top_k * (self.block - 1), placed=True)
+        return Traffic(marks, far + 3 * b * g * self.block * row)

@@ -180,5 +180,6 @@ class TokenSelect(Reader):
             return Traffic(0, attended(kv, h))
         shared = 20 * b * s + 20 * b * s // self.block + 24 * b * h * d
         return Traffic(
-            shared if hit else shared + b * s * (g * d * kv.k.dtype.itemsize + 16 * h), attended(kv, h, self.sizes[1] * self.block)
+            shared if hit else shared + b * s * (g * d * kv.k.dtype.itemsize + 16 * h),
+            attended(kv, h, self.sizes[1] * self.block, placed=True),
         )

@@ -20,6 +20,7 @@ def read(
     freqs: Float[Array, " f"] | None = None,
     *,
     block: int,
+    stride: int | None = None,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
@@ -27,7 +28,8 @@ def read(
 ) -> tuple[Float[Array, "b e r c"], Float[Array, "b e r"]]:
     """Attention to the slots of the listed blocks, and its logsumexp f32.
 
-    List j of e reads KV head j // (e/g): blocks of `block` slots, each listed once, in any order; -1 = unused. Row i of a list's r query
+    List j of e reads KV head j // (e/g): blocks of `block` slots, each listed once, in any order; -1 = unused. Block i begins at slot
+    i * stride (None = block) and must lie inside the cache. Row i of a list's r query
     rows stands at q_pos[:, i] (-1 = dead) and sees the slots of its blocks with 0 <= k_pos <= q_pos and, with a window,
     q_pos - k_pos < window; logit = softcap(scale q.k) + bias. A row that sees nothing gets 0 and -inf.
 
@@ -44,12 +46,13 @@ def read(
         raise ValueError(f"q, q_pos, k, v, k_pos, bias, index are {shapes}; e must be a multiple of g, and batch, rows and slots agree")
     if (ids is None) != (freqs is None) or (ids is not None and ids.shape != (b, e, m * block)):
         raise ValueError(f"ids must be [{b} {e} {m * block}] and come with freqs, got {None if ids is None else list(ids.shape)}")
-    if block < 1 or s % block:
-        raise ValueError(f"a cache of {s} slots has no blocks of {block}")
+    stride = block if stride is None else stride
+    if block < 1 or stride < 1 or s < block or (s - block) % stride:
+        raise ValueError(f"a cache of {s} slots does not end with a block of {block} at a multiple of {stride}")
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}; it must be one of {', '.join(IMPLS)}")
     if not m or not q.size or not s:
         return jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     interpret = impl == "interpret"
     given = q, q_pos, k, v, k_pos, bias, index, ids, freqs
-    return tpu.read(*given, block=block, scale=scale, softcap=softcap, window=window, interpret=interpret)
+    return tpu.read(*given, block=block, stride=stride, scale=scale, softcap=softcap, window=window, interpret=interpret)

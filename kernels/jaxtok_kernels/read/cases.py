@@ -23,6 +23,7 @@ class Case:
     softcap: float | None = None
     window: int | None = None
     dead: float = 0.1  # share of slots without a token
+    stride: int | None = None
     turned: int = 0  # channels that turn by an id of each listed slot
 
     def arrays(self, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -31,7 +32,8 @@ class Case:
         normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
         k_pos = np.stack([[rng.permutation(self.s) for _ in range(self.g)] for _ in range(self.b)]).astype(np.int32)
         k_pos[rng.random(k_pos.shape) < self.dead] = -1
-        index = np.stack([[rng.permutation(self.s // self.block)[: self.m] for _ in range(self.e)] for _ in range(self.b)]).astype(np.int32)
+        most = (self.s - self.block) // (self.stride or self.block) + 1
+        index = np.stack([[rng.permutation(most)[: self.m] for _ in range(self.e)] for _ in range(self.b)]).astype(np.int32)
         index[rng.random(index.shape) >= self.live] = -1
         q_pos = rng.integers(self.s // 2, self.s, (self.b, self.r)).astype(np.int32)
         q_pos[:, self.r // 2 :][:, 1:] = -1 if self.r > 2 else q_pos[:, self.r // 2 :][:, 1:]  # dead queries
@@ -44,7 +46,7 @@ class Case:
         return *out, ids, (10_000.0 ** -np.linspace(0, 1, self.turned // 2)).astype(np.float32)
 
     def options(self) -> dict:
-        return dict(block=self.block, scale=self.d**-0.5, softcap=self.softcap, window=self.window)
+        return dict(block=self.block, stride=self.stride, scale=self.d**-0.5, softcap=self.softcap, window=self.window)
 
 
 CASES = {
@@ -62,6 +64,8 @@ CASES = {
     "unrotated pages": Case(turned=32, live=0.7),
     "unrotated rows": Case(turned=16, block=1, m=17, live=0.8, dtype="bfloat16"),
     "unrotated blocks of 51": Case(turned=32, block=51, s=51 * 6, e=8, r=1, m=1, dtype="bfloat16"),
+    "a run of rows": Case(block=5, stride=1, s=64, e=8, r=1, m=1, turned=32),
+    "a run of bf16 rows": Case(block=50, stride=1, s=306, e=8, r=1, m=1, dtype="bfloat16"),
     "nothing listed": Case(live=0.0),
     "nothing live": Case(dead=1.0),
     "one query": Case(r=1, e=2, g=1),

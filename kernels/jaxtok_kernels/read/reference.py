@@ -16,17 +16,21 @@ def read(
     freqs: Float[Array, " f"] | None = None,
     *,
     block: int,
+    stride: int | None = None,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
 ) -> tuple[Float[Array, "b e r c"], Float[Array, "b e r"]]:
     """See `jaxtok_kernels.read.read`."""
     (b, g, s, _), e = k.shape, index.shape[1]
-    listed = jnp.any(jnp.arange(s // block, dtype=jnp.int32)[None, None, :, None] == index[:, :, None], -1)  # [b e blocks]
+    within = jnp.arange(s, dtype=jnp.int32)[None, None, :, None] - index[:, :, None] * (block if stride is None else stride)
+    listed = jnp.any((index[:, :, None] >= 0) & (within >= 0) & (within < block), -1)  # [b e s]
     wide = lambda x: jnp.repeat(x, e // g, 1)
     keys, values, at, extra = (wide(x) for x in (k.astype(jnp.float32), v.astype(jnp.float32), k_pos, bias))
     if ids is not None:
-        slot = (index[..., None] * block + jnp.arange(block, dtype=jnp.int32)[None, None, None]).reshape(b, e, -1)
+        slot = (index[..., None] * (block if stride is None else stride) + jnp.arange(block, dtype=jnp.int32)[None, None, None]).reshape(
+            b, e, -1
+        )
         slot = jnp.where(jnp.repeat(index, block, -1) < 0, s, slot)
         b_, e_ = jnp.indices((b, e), sparse=True)
         at_ids = jnp.zeros((b, e, s + 1), jnp.int32).at[b_[..., None], e_[..., None], slot].set(ids)[..., :s]
@@ -38,7 +42,7 @@ def read(
     logit = logit if softcap is None else softcap * jnp.tanh(logit / softcap)
     logit = logit + extra[:, :, None]
     mine, theirs = q_pos[:, None, :, None], at[:, :, None, :]
-    seen = (theirs >= 0) & (theirs <= mine) & jnp.repeat(listed, block, 2)[:, :, None]
+    seen = (theirs >= 0) & (theirs <= mine) & listed[:, :, None]
     seen = seen if window is None else seen & (mine - theirs < window)
     top = jnp.max(jnp.where(seen, logit, -jnp.inf), -1, keepdims=True)
     mass = jnp.where(seen, jnp.exp(logit - jnp.where(top > -jnp.inf, top, 0.0)), 0.0)

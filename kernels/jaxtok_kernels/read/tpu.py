@@ -14,40 +14,65 @@ LANES, ALIGNED = 128, 8  # rows narrower than 32 bits lie two (or four) to a wor
 
 
 def read(
-    q, q_pos, k, v, k_pos, bias, index, ids=None, freqs=None, *, block: int, scale: float, softcap=None, window=None, interpret: Any = False
+    q,
+    q_pos,
+    k,
+    v,
+    k_pos,
+    bias,
+    index,
+    ids=None,
+    freqs=None,
+    *,
+    block: int,
+    stride: int,
+    scale: float,
+    softcap=None,
+    window=None,
+    interpret: Any = False,
 ):
     """See `jaxtok_kernels.read.read`. k_pos and bias (and ids) of what is copied are gathered outside: 8 (12) bytes a row.
 
-    Blocks that are no multiple of eight rows are copied row by row, 16-bit ones by pairs of rows, up to one row more at each end.
+    Blocks that are no multiple of eight rows, or do not begin at one, are copied row by row, 16-bit ones by pairs of rows, up to one row more at each end.
     """
     (b, g, s, d), (e, m), r, c = k.shape, index.shape[1:], q.shape[2], v.shape[3]
-    pack = 1 if block % ALIGNED == 0 else 4 // k.dtype.itemsize
+    pack = 1 if block % ALIGNED == stride % ALIGNED == 0 else 4 // k.dtype.itemsize
     if s % pack:
         raise ValueError(f"blocks of {block} {k.dtype} rows are copied by {pack}; round the {s} slots of the cache up to a multiple")
-    words = block // pack if block % pack == 0 else (block + pack - 2) // pack + 1  # that a block may touch
+    words = block // pack if block % pack == stride % pack == 0 else (block + pack - 2) // pack + 1  # that a block may touch
     rows = words * pack
     each = min(max(1, TILE // rows), m)
     tiles = -(-m // each)
     last = ((0, 0), (0, 0), (0, tiles * each - m))
-    order = jnp.argsort(index < 0, -1)  # unused entries last
-    index = jnp.pad(jnp.take_along_axis(index, order, -1), last, constant_values=-1)
-    count = jnp.sum(index >= 0, -1, dtype=jnp.int32)
-    start = jnp.minimum(jnp.maximum(index, 0) * block // pack, s // pack - words)
+    index = jnp.pad(index, last, constant_values=-1)
+    used = index >= 0
+    count = jnp.max(jnp.where(used, jnp.arange(1, tiles * each + 1, dtype=jnp.int32)[None, None], 0), -1)
+    first = jnp.maximum(index, 0) * stride
+    start = jnp.minimum(first // pack, s // pack - words)
     row = start[..., None] * pack + jnp.arange(rows, dtype=jnp.int32)[None, None, None]
-    mine = (index >= 0)[..., None] & (row // block == index[..., None])
+    within = row - first[..., None]
+    mine = used[..., None] & (within >= 0) & (within < block)
     listed = lambda x, fill: jnp.where(mine, _rows(x, row), fill).reshape(b, e, tiles, 1, each * rows)
     turned = ()
     if ids is not None:
-        ids = jnp.take_along_axis(ids.reshape(b, e, m, block), order[..., None], 2)
-        ids = jnp.pad(ids, (*last, (0, 0)))
-        ids = jnp.where(mine, jnp.take_along_axis(ids, jnp.clip(row - index[..., None] * block, 0, block - 1), 3), 0)
+        ids = jnp.pad(ids.reshape(b, e, m, block), (*last, (0, 0)))
+        ids = jnp.where(mine, jnp.take_along_axis(ids, jnp.clip(within, 0, block - 1), 3), 0)
         turned = ids.reshape(b, e, tiles, each * rows, 1), freqs[None]
 
     def whole(*shape):
         return pl.BlockSpec((None, None, *shape), lambda i, j, *_: (i, j, *(0,) * len(shape)))
 
     kernel = functools.partial(
-        _kernel, turns=ids is not None, words=words, pack=pack, each=each, heads=e // g, scale=scale, softcap=softcap, window=window
+        _kernel,
+        turns=ids is not None,
+        whole=block % ALIGNED == stride % ALIGNED == 0,
+        words=words,
+        pack=pack,
+        each=each,
+        heads=e // g,
+        scale=scale,
+        softcap=softcap,
+        window=window,
     )
     out, lse = pl.pallas_call(
         kernel,
@@ -80,7 +105,7 @@ def read(
         ),
         name="read_blocks",
         interpret=interpret,
-    )(start.reshape(b, -1), count, q, q_pos[..., None], listed(k_pos, -1), listed(bias, 0.0), k, v, *turned)
+    )(jnp.where(used, start, -1).reshape(b, -1), count, q, q_pos[..., None], listed(k_pos, -1), listed(bias, 0.0), k, v, *turned)
     return out, lse[..., 0]
 
 
@@ -100,32 +125,28 @@ def _rows(x, row):
     return jnp.take_along_axis(x, row.reshape(b, g, -1), 2).reshape(b, e, *row.shape[2:])
 
 
-def _kernel(start, count, q, q_pos, k_pos, bias, k, v, *rest, turns, words, pack, each, heads, scale, softcap, window):
+def _kernel(start, count, q, q_pos, k_pos, bias, k, v, *rest, turns, whole, words, pack, each, heads, scale, softcap, window):
     ids, freqs, out, lse, k_tile, v_tile, done = rest if turns else (None, None, *rest)
     b, e = pl.program_id(0), pl.program_id(1)
     g, n = e // heads, count[b, e]
     first, kinds = e * (k_pos.shape[0] * each), (k.dtype, v.dtype)
-    size = words if words % ALIGNED == 0 else 1  # words of a copy
+    size = words if whole else 1  # words of a copy
     if pack > 1:
         k, v = k.bitcast(jnp.uint32), v.bitcast(jnp.uint32)
 
-    def copies(tile, j):
-        """The copies of part j of a tile: a block, or one word of one."""
-        slot = lax.rem(tile, 2)
-        if size == words:
-            where = pl.ds(pl.multiple_of(start[b, first + tile * each + j], ALIGNED), words)
-        else:
-            where = pl.ds(start[b, first + tile * each + j // words] + lax.rem(j, words), 1)
-        to = pl.ds(j * size, size)
-        return (
-            pltpu.make_async_copy(k.at[b, g, where], k_tile.at[slot, to], done.at[slot, 0]),
-            pltpu.make_async_copy(v.at[b, g, where], v_tile.at[slot, to], done.at[slot, 1]),
-        )
-
     def every(tile, act):
+        """`act` on the copies of a tile: blocks, or the words of them."""
+        slot = lax.rem(tile, 2)
+
         def one(j, _):
-            for copy in copies(tile, j):
-                act(copy)
+            at = start[b, first + tile * each + (j if whole else j // words)]
+
+            @pl.when(at >= 0)
+            def _():
+                where = pl.ds(pl.multiple_of(at, ALIGNED), words) if whole else pl.ds(at + lax.rem(j, words), 1)
+                to = pl.ds(j * size, size)
+                act(pltpu.make_async_copy(k.at[b, g, where], k_tile.at[slot, to], done.at[slot, 0]))
+                act(pltpu.make_async_copy(v.at[b, g, where], v_tile.at[slot, to], done.at[slot, 1]))
 
         lax.fori_loop(0, jnp.minimum(each, n - tile * each) * (words // size), one, None)
 
@@ -138,8 +159,7 @@ def _kernel(start, count, q, q_pos, k_pos, bias, k, v, *rest, turns, words, pack
 
         every(tile, lambda copy: copy.wait())
         slot = lax.rem(tile, 2)
-        there = lax.broadcasted_iota(jnp.int32, (each * words, 1), 0) < (n - tile * each) * words  # what was copied
-        keys, values = (jnp.where(there, x[slot], jnp.zeros((), x.dtype)) for x in (k_tile, v_tile))
+        keys, values = k_tile[slot], v_tile[slot]
         if pack > 1:
             keys, values = (pltpu.bitcast(x, kind) for x, kind in zip((keys, values), kinds, strict=True))
         if turns:
@@ -158,6 +178,8 @@ def _kernel(start, count, q, q_pos, k_pos, bias, k, v, *rest, turns, words, pack
 
     @pl.when(n > 0)
     def _():
+        for tile in (k_tile, v_tile):  # what no copy fills is multiplied by 0: it has to be finite
+            tile[...] = jnp.zeros_like(tile)
         every(0, lambda copy: copy.start())
 
     r, c = out.shape

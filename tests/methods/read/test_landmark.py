@@ -170,3 +170,16 @@ def test_official_outputs(data):
     chunks = [c[f"x{j}"].shape[1] for j in range(count)]
     for j, got in enumerate(calls(method, q[..., apart], k[..., apart], v, chunks, freqs=c["rope_freqs"])):
         np.testing.assert_allclose(got.swapaxes(0, 1).reshape(chunks[j], -1), c[f"out{j}"][0], atol=2e-5)
+
+
+@pytest.mark.parametrize("share", ["token_head", "heads"])
+@pytest.mark.parametrize("dtype, tol", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_blocks_read_where_they_lie(share, dtype, tol):
+    """A step through the kernel equals the gathered one: ragged rows, blocks that begin anywhere, few and many blocks."""
+    method = Landmark(top_k=3, block=4, share=share)
+    q, kv = toys.problem(5, live=(24, 9), n=24, junk=1e3)
+    kv = kv._replace(k=kv.k.astype(dtype), v=kv.v.astype(dtype))
+    step = jnp.asarray(q[:, :, -1:], dtype), toys.newest(kv), kv
+    want, got = (method.attend({}, 0, (), None, *step, toys.sight()._replace(impl=impl))[2:] for impl in ("auto", "interpret"))
+    for a, b in zip(want, got, strict=True):
+        np.testing.assert_allclose(np.float32(a), np.float32(b), atol=tol * 4)
