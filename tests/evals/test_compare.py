@@ -1,6 +1,7 @@
 """The comparison on a tiny random model: exact relations, both protocols, what falls with the budget."""
 
 import dataclasses
+import functools
 import io
 import json
 
@@ -25,9 +26,14 @@ def model():
     return tiny.make()
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["question unseen", "question seen"])
-def result(request, model):
-    return compare.run(*model, dataclasses.replace(SMALL, query_aware=request.param))
+@functools.cache
+def compared(aware):
+    return compare.run(*tiny.make(), dataclasses.replace(SMALL, query_aware=aware))
+
+
+@pytest.fixture(params=[False, True], ids=["question unseen", "question seen"])
+def result(request):
+    return compared(request.param)
 
 
 def test_a_budget_that_covers_everything_is_the_full_model(model):
