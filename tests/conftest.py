@@ -3,6 +3,7 @@
 import collections
 import os
 import pathlib
+import re
 
 # Tests compile far more than they compute: skip the expensive passes of the CPU compiler. Set XLA_FLAGS to override.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
@@ -15,21 +16,30 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-def group(item) -> str:
+def group(nodeid: str) -> str:
     """What shares compiled programs and runs in one process under `-n`: a file, or the laws of one method."""
-    label = getattr(item, "callspec", None) and item.callspec.params.get("label")
-    return f"law {label}" if label else str(item.path)
+    law = re.search(r"test_law\[(.*)-\w+\]$", nodeid)
+    return law[1] if law else nodeid.partition("::")[0]
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+def pytest_configure(config):
+    if hasattr(config.option, "maxworkerrestart"):
+        config.option.maxworkerrestart = "0"  # a crash is a failure
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = group
+    return scheduler
 
 
 def pytest_runtest_teardown(item, nextitem):
     """Compiled programs are let go before a process runs out of memory maps (65,530 on Linux), where the compiler would crash."""
     maps = pathlib.Path("/proc/self/maps")
-    if (nextitem is None or group(nextitem) != group(item)) and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    if (nextitem is None or group(nextitem.nodeid) != group(item.nodeid)) and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
 
 
