@@ -13,7 +13,6 @@ from jaxtok.core.types import Evidence
 from jaxtok.methods import LoCoCo
 from jaxtok.models import blocks, decoder
 from jaxtok.testing import world
-from jaxtok.train import lococo
 from tests.methods import toys
 
 small = {"lococo": lambda capacity: LoCoCo(capacity=capacity, kernel=5, slack=1)}
@@ -213,38 +212,6 @@ def test_decoding_compresses_each_time_the_slack_is_full():
             assert all(max(h) < t + 1 for h in head) and all(len(h) == live[-1] for h in head)
     assert live == [6, 7, 5, 6, 7, 5, 6]
     np.testing.assert_allclose(sums, [1, 2, 0, 1, 2, 0, 1], atol=1e-5)
-
-
-def test_gradients_reach_the_memory():
-    """Of the loss over four blocks in the convolution, its bias and alpha of both layers, against finite differences."""
-    params, ids = model()
-    own = params["methods"]["policy"]
-    loss = lococo.make_loss(CFG, RECIPE, chunk=4)
-    frozen = {name: x for name, x in params.items() if name != "methods"}
-    of = jax.jit(lambda own: loss(frozen | {"methods": {"policy": own}}, {"ids": ids[:, :17]}, None)[0])
-    grad = jax.jit(jax.grad(of))(own)
-    rng = np.random.default_rng(6)
-    for name, x in own.items():
-        g = np.asarray(grad[name])
-        assert np.isfinite(g).all() and all(np.abs(layer).max() > 0 for layer in g), name
-        direction = jnp.asarray(rng.normal(size=x.shape) * (np.abs(g) > 0), jnp.float32)
-        e = 1e-2 / float(jnp.linalg.norm(direction))
-        up, down = (float(of(own | {name: x + s * e * direction})) for s in (1, -1))
-        want = float((g * np.asarray(direction)).sum())
-        assert (up - down) / (2 * e) == pytest.approx(want, rel=0.05, abs=2e-3), name
-
-
-def test_only_the_memory_is_trained_and_at_its_rates():
-    params, _ = model()
-    paths = jax.tree_util.tree_map_with_path(lambda p, _: lococo.trainable(jax.tree_util.keystr(p, simple=True, separator="/")), params)
-    assert all(jax.tree.leaves(paths["methods"])) and not any(jax.tree.leaves({k: v for k, v in paths.items() if k != "methods"}))
-    own = {"methods": params["methods"]}
-    opt = lococo.optimizer(1e-4)
-    with jax.numpy_dtype_promotion("standard"):  # optax itself mixes dtypes
-        updates, _ = opt.update(jax.tree.map(jnp.ones_like, own), opt.init(own), own)
-    size = {name: float(jnp.abs(x).max()) for name, x in updates["methods"]["policy"].items()}
-    assert size["conv"] == pytest.approx(0.1, rel=1e-3) and size["bias"] == pytest.approx(0.1, rel=1e-3)
-    assert size["alpha"] == pytest.approx(5e-4, rel=1e-3)  # x 1000 and x 5 of the base rate
 
 
 def test_checks_of_its_settings():
