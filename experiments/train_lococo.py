@@ -44,8 +44,8 @@ class Args:
     block: int = 64
     length: int = 512
     batch: int = 4
-    steps: int = 200
-    rate: float = 1e-5
+    steps: int = 150
+    rate: float = 2e-5
     rows: int = 64
     seed: int = 0
     out: pathlib.Path = ROOT / "experiments" / "results" / "train_lococo"

@@ -182,7 +182,9 @@ def prefill_chunked(
 
 def _in_blocks(cfg, params, ids, live, recipe: Recipe, new: int, keep, key, impl: str) -> tuple[Tokens, Layers]:
     """One prefill a chunk, each on the caches that the one before left. ids, live [count b chunk]."""
-    layers = decoder.empty(cfg, params, ids.shape[1], recipe.policy.capacity + recipe.policy.every, recipe)  # type: ignore[union-attr]
+    slots = recipe.policy.capacity + recipe.policy.every  # type: ignore[union-attr]
+    slots += -slots % (recipe.reader.block if recipe.reader is not None else 1)
+    layers = decoder.empty(cfg, params, ids.shape[1], slots, recipe)
 
     def one(layers, part):
         tokens = decoder.embed(cfg, params, *part)

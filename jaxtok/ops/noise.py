@@ -33,9 +33,9 @@ def gumbel(
     words = jnp.broadcast_to(words, (b, 2))
     head = jnp.arange(heads, dtype=jnp.uint32)[None, :, None]
     unsigned = lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.int32), jnp.uint32)
-    own = _threefry(words[:, 0, None, None], words[:, 1, None, None], head, unsigned(q_pos)[:, None])  # a key for each row of attention
+    one, two = _threefry(words[:, 0, None, None], words[:, 1, None, None], head, unsigned(q_pos)[:, None])  # a key for each query
     keys = jnp.repeat(unsigned(k_pos), heads // e, 1)[:, :, None]
-    bits, _ = _threefry(*(x[..., None] for x in own), keys, jnp.zeros((), jnp.uint32))
+    bits, _ = _threefry(one[..., None], two[..., None], keys, jnp.zeros((), jnp.uint32))
     u = ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
     return -jnp.log(-jnp.log(u))
 

@@ -20,7 +20,10 @@ def trainable(path: str) -> bool:
 
 def optimizer(rate: float | optax.Schedule, *, memory: float = 1000.0, alpha: float = 5.0) -> optax.GradientTransformation:
     """Adam at `rate`, times `memory` for the convolutions and times `alpha` for alpha (the official script's ratios)."""
-    scaled = lambda times: optax.adam((lambda step: rate(step) * times) if callable(rate) else rate * times)
+
+    def scaled(times: float) -> optax.GradientTransformation:
+        return optax.adam(rate * times if isinstance(rate, float | int) else lambda step: rate(step) * times)  # type: ignore[operator]
+
     label = lambda path, _: "alpha" if jax.tree_util.keystr(path[-1:], simple=True) == "alpha" else "memory"
     return optax.multi_transform(
         {"memory": scaled(memory), "alpha": scaled(alpha)}, lambda params: jax.tree_util.tree_map_with_path(label, params)

@@ -91,6 +91,7 @@ class Keyformer(CachePolicy):
     def start(self, params, kv: KV, evidence: Evidence) -> Held:
         columns = score.to_kv_heads(check.given("perturbed", evidence.perturbed), kv.k.shape[1], self.group)
         drawn = words(evidence.key, int(self.seed), 0 if evidence.layer is None else evidence.layer)
+        assert drawn is not None  # a seed there always is, used or not
         return Held(columns, Clock(jnp.broadcast_to(drawn, (kv.pos.shape[0], 2)), kv.seen))
 
     def observe(self, params, state: Held, kv: KV, evidence: Evidence) -> Held:
