@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtok.core.reduce import apply, gather, segment_sum
+from jaxtok.core.reduce import apply, gather, representative, segment_sum
 from jaxtok.core.types import DensePlan, Plan
 
 
@@ -35,8 +35,9 @@ def dense(plan: Plan | DensePlan) -> DensePlan:
 def compose(first: Plan | DensePlan, then: Plan | DensePlan) -> Plan | DensePlan:
     """The plan that does `first` (n to m rows), then `then` (m to k rows): apply(compose(a, b), x) = apply(b, apply(a, x))."""
     if isinstance(first, DensePlan) or isinstance(then, DensePlan):
-        return DensePlan(dense(then).w @ dense(first).w)
-    index = jnp.where(then.index < 0, -1, gather_index(first.index, then.index))
+        named = any(isinstance(plan, DensePlan) and plan.index is not None for plan in (first, then))
+        return DensePlan(dense(then).w @ dense(first).w, _through(representative(first), representative(then)) if named else None)
+    index = _through(first.index, then.index)
     assign = jnp.where(first.assign < 0, -1, gather_index(then.assign, first.assign))
     lost = first.lost + then.lost
     if first.weight is None and then.weight is None:
@@ -48,6 +49,11 @@ def compose(first: Plan | DensePlan, then: Plan | DensePlan) -> Plan | DensePlan
     outer = jnp.ones(then.assign.shape, jnp.float32) if then.weight is None else then.weight
     per_group = outer / jnp.where(mass > 0, mass, 1.0)
     return Plan(index, assign, own * jnp.where(first.assign < 0, 0.0, gather_index(per_group, first.assign)), lost)
+
+
+def _through(first: jax.Array, then: jax.Array) -> jax.Array:
+    """The rows that name the groups after both."""
+    return jnp.where(then < 0, -1, gather_index(first, then))
 
 
 def gather_index(table: jax.Array, index: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import budget, check, reduce, select
-from jaxtok.core.types import KV, BlockTable, Evidence, Frozen, Needs, Plan, Protect, Tokens, live_count
+from jaxtok.core.types import KV, BlockTable, DensePlan, Evidence, Frozen, Needs, Plan, Protect, Tokens, live_count
 
 
 class Method:
@@ -151,11 +151,13 @@ class CachePolicy(Method):
     aligned: ClassVar[bool] = False  # one set for all heads of a layer
     groups: ClassVar[int] = 1  # head groups that it tells apart; more than one goes with Recipe.heads
     raw: bool = False  # keys stored unrotated, placed at their rank among the live ones when read
+    counts: ClassVar[bool] = True  # a slot that stands for several tokens counts as so many (its bias)
+    recurrent: ClassVar[bool] = False  # a prefill in chunks fits after each of them, so that the cache never holds the prompt
     capacity: int
 
     @property
     def step_needs(self) -> Needs:
-        """Evidence of a decode step; slot axis s."""
+        """Evidence of a decode step; slot axis s. Rows of a prefill, of its chunks too, give that of `needs`."""
         return Needs()
 
     def layer(self, i: int, layers: int) -> "CachePolicy":
@@ -174,11 +176,15 @@ class CachePolicy(Method):
         """State after new rows were attended to, before anything is vacated."""
         return state
 
-    def fit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> Plan:
+    def fit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> Plan | DensePlan:
         """The plan [b g capacity] that brings a cache down to the capacity."""
         check.cache(kv)
         protect, score = self.victim(params, state, kv, budget.per_head(keep, kv.pos.shape[:2], self.capacity))
         return top_slots(kv, score, protect, self.capacity, keep)
+
+    def fitted(self, state: Held) -> Held:
+        """State after a `fit`, its slots moved."""
+        return state
 
     def victim(self, params, state: Held, kv: KV, keep: Int[Array, "b g"]) -> tuple[Bool[Array, "b g s"], Float[Array, "b g s"]]:
         """Slots that must stay, and scores: the lowest other one goes. `keep` is the budget of live slots in force."""

@@ -41,7 +41,8 @@ def apply(plan: Plan | DensePlan, x: jax.Array) -> jax.Array:
         raise ValueError(f"the plan is for rows of shape {list(rows)}, got {list(x.shape)}")
     if isinstance(plan, DensePlan):
         flat = x.astype(jnp.float32).reshape((*rows, math.prod(x.shape[len(rows) :])))
-        return (plan.w @ flat).reshape((*plan.w.shape[:-1], *x.shape[plan.w.ndim - 1 :])).astype(x.dtype)
+        mixed = jnp.matmul(plan.w, flat, precision=jax.lax.Precision.HIGHEST)  # what a row takes from one source alone stays as it is
+        return mixed.reshape((*plan.w.shape[:-1], *x.shape[plan.w.ndim - 1 :])).astype(x.dtype)
     if plan.weight is None:
         return gather(x, plan.index)
     m = plan.index.shape[-1]
@@ -68,8 +69,9 @@ def total(plan: Plan | DensePlan, x: jax.Array) -> jax.Array:
 
 def representative(plan: Plan | DensePlan) -> Int[Array, "*B m"]:
     """The row that gives each group its pos, rope and kind; -1 = empty."""
-    if isinstance(plan, Plan):
+    if plan.index is not None:
         return plan.index
+    assert isinstance(plan, DensePlan)
     best = jnp.argmax(plan.w, -1).astype(jnp.int32)
     return jnp.where(jnp.max(plan.w, -1) > 0, best, -1)
 
@@ -162,7 +164,7 @@ def move(plan: Plan | DensePlan, evidence: Evidence) -> Evidence:
 
     keys = None if evidence.keys is None else apply(spread(evidence.keys.shape[1]), evidence.keys)
     hidden = None if evidence.hidden is None or per_head else apply(plan, evidence.hidden)
-    seen = {name: attention(getattr(evidence, name)) for name in ("rows", "received", "peak", "cls")}
+    seen = {name: attention(getattr(evidence, name)) for name in ("rows", "received", "peak", "perturbed", "cls")}
     return evidence._replace(**seen, keys=keys, hidden=hidden)
 
 

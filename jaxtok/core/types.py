@@ -42,9 +42,10 @@ class Plan(NamedTuple):
 
 
 class DensePlan(NamedTuple):
-    """A many-to-many map of n rows to m; the row of largest weight gives pos, rope and kind."""
+    """A many-to-many map of n rows to m; row `index` of a group gives pos, rope and kind, or the one of largest weight."""
 
     w: jax.Array  # f32 [*B m n], rows sum to 1 (an empty row sums to 0)
+    index: jax.Array | None = None  # i32 [*B m], all different; -1 = empty row
 
 
 class KV(NamedTuple):
@@ -85,6 +86,17 @@ class Part(NamedTuple):
         return jnp.concatenate([jnp.broadcast_to(frozen, (*self.kv.pos.shape[:2], frozen.shape[2])), self.kv.pos], 2)
 
 
+class Noise(NamedTuple):
+    """What becomes of attention before it is summed as `Evidence.perturbed`: softmax((logit + z) / tau) over the keys a query sees.
+
+    z ~ Gumbel(0, 1), a fresh one for each layer, head, query and key, drawn from the call's key, or from `seed` where it has none;
+    seed=None: z = 0.
+    """
+
+    tau: float = 1.0
+    seed: int | None = 0
+
+
 class Evidence(NamedTuple):
     """What a model tells a method. Each field is None unless a method's `Needs` asks for it; n = the rows or slots looked at.
 
@@ -94,6 +106,7 @@ class Evidence(NamedTuple):
     rows: jax.Array | None = None  # f32 [b h w n] attention of the last w queries
     received: jax.Array | None = None  # f32 [b h n] attention summed over all live queries of this call
     peak: jax.Array | None = None  # f32 [b h n] largest attention that any live query of this call gives
+    perturbed: jax.Array | None = None  # f32 [b h n] like `received`, of attention with noise and a temperature (`Needs.perturbed`)
     cls: jax.Array | None = None  # f32 [b h n] attention of the first row
     keys: jax.Array | None = None  # [b g n d] keys before the rotary embedding
     queries: tuple[jax.Array, jax.Array] | None = None  # f32 mean [b h d], covariance [b h d d], before the rotary embedding
@@ -112,6 +125,7 @@ class Needs(NamedTuple):
     received: bool = False
     peak: bool = False
     unit: bool = False  # `peak` of attention divided by the length of the row that the query was made of (normed, as it enters the layer)
+    perturbed: Noise | None = None  # which noise
     cls: bool = False
     keys: bool = False
     queries: int | None = None  # moments over the live queries from this order on (None = not needed)
@@ -129,11 +143,16 @@ class Needs(NamedTuple):
             )
         if self.peak and other.peak and self.unit != other.unit:
             raise ValueError("one recipe asks for the peak of attention as it is and by unit rows; use one of the methods")
+        if None not in (self.perturbed, other.perturbed) and self.perturbed != other.perturbed:
+            raise ValueError(
+                f"one recipe asks for attention under {self.perturbed} and under {other.perturbed}; give both methods the same"
+            )
         return Needs(
             rows=max(self.rows, other.rows),
             received=self.received or other.received,
             peak=self.peak or other.peak,
             unit=self.unit or other.unit,
+            perturbed=other.perturbed if self.perturbed is None else self.perturbed,
             cls=self.cls or other.cls,
             keys=self.keys or other.keys,
             queries=other.queries if self.queries is None else self.queries,

@@ -129,7 +129,8 @@ def prefill_chunked(
 ) -> tuple[Tokens, Layers]:
     """`embed` and `prefill` of left-padded prompts in chunks of `chunk` rows: activations take the memory of one chunk, the cache that of the prompt.
 
-    The caches are compressed with the last chunk, whose queries are the window that a method sees; a step policy observes all.
+    The caches are compressed with the last chunk, whose queries are the window that a method sees; a step policy observes all, and one
+    that is `recurrent` (LoCoCo) fits after each chunk, so that the cache has room for its capacity and a chunk, whatever the prompt.
     `read`: the reader chooses for each chunk what its queries attend to (sparse prefill; without it a prefill attends to everything).
     ValueError for methods that need evidence of the whole prompt at once, and for pruning between layers.
     """
@@ -158,6 +159,9 @@ def prefill_chunked(
     extra = -n % chunk
     ids, live = (jnp.pad(x, ((0, 0), (extra, 0))) for x in (ids, live))
     count = (n + extra) // chunk
+    split = lambda x: jnp.swapaxes(x.reshape(b, count, chunk), 0, 1)
+    if recipe.policy is not None and recipe.policy.recurrent:
+        return _in_blocks(cfg, params, split(ids), split(live), recipe, new, keep, key, impl)
     head = recipe.replace(cache=None, reader=recipe.reader if read else None)
     slots = count * chunk + new if read else (count - 1) * chunk
     slots += -slots % (head.reader.block if head.reader is not None else 1)
@@ -167,7 +171,6 @@ def prefill_chunked(
         x = blocks.embed(cfg, params, part[0])
         return decoder.step(cfg, params, x, part[1], state[1], head, key=key, evict=False, ids=part[0], impl=impl), None
 
-    split = lambda x: jnp.swapaxes(x.reshape(b, count, chunk), 0, 1)
     tokens = decoder.embed(cfg, params, ids[:, -chunk:], live[:, -chunk:])
     if count > 1 or read:
         here = count if read else count - 1
@@ -175,3 +178,18 @@ def prefill_chunked(
         if read:
             return tokens._replace(x=x), layers
     return decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers if count > 1 else None, keep=keep, key=key, impl=impl)
+
+
+def _in_blocks(cfg, params, ids, live, recipe: Recipe, new: int, keep, key, impl: str) -> tuple[Tokens, Layers]:
+    """One prefill a chunk, each on the caches that the one before left. ids, live [count b chunk]."""
+    slots = recipe.policy.capacity + recipe.policy.every  # type: ignore[union-attr]
+    slots += -slots % (recipe.reader.block if recipe.reader is not None else 1)
+    layers = decoder.empty(cfg, params, ids.shape[1], slots, recipe)
+
+    def one(layers, part):
+        tokens = decoder.embed(cfg, params, *part)
+        tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers, keep=keep, key=key, impl=impl)
+        return layers, tokens.x
+
+    layers, x = jax.lax.scan(one, layers, (ids, live))
+    return decoder.embed(cfg, params, ids[-1], live[-1])._replace(x=x[-1]), layers

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from jaxtok.core.protocols import Held, vacate
 from jaxtok.core.reader import Sight
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.reduce import gather, grow_kv, move, reduce_kv
+from jaxtok.core.reduce import gather, grow_kv, move, reduce_kv, representative
 from jaxtok.core.rotary import rotate_by, turn
 from jaxtok.core.score import moments
 from jaxtok.core.types import KV, Evidence, Frozen, Needs, Part, Tokens
@@ -22,7 +22,8 @@ from jaxtok.models import blocks
 from jaxtok.models.config import Config
 from jaxtok.ops.attention import attention, merge
 from jaxtok.ops.cache import append, block_slots, place, scatter
-from jaxtok.ops.evidence import peak, received, rows
+from jaxtok.ops.evidence import peak, perturbed, received, rows
+from jaxtok.ops.noise import words
 from jaxtok.ops.read import attend_blocks, take_kv
 
 
@@ -94,7 +95,7 @@ def attend_rows(
     for part in (None,) if past is None else past:
         heads = k.shape[1] if part is None else part.kv.k.shape[1]
         mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]
-        out, kv, seen = _attend_group(cfg, i, tokens, part, mine, freqs, recipe, needs, proportional, impl, among, length)
+        out, kv, seen = _attend_group(cfg, i, tokens, part, mine, freqs, recipe, needs, proportional, impl, among, length, common["key"])
         outs.append(out)
         found.append((kv, Evidence(**seen, **common)))
         g += heads
@@ -102,7 +103,9 @@ def attend_rows(
     return tokens._replace(x=blocks.mlp(cfg, p, blocks.out_proj(cfg, p, tokens.x, out))), found
 
 
-def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional, impl, among, length) -> tuple[Array, KV, dict[str, Any]]:
+def _attend_group(
+    cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional, impl, among, length, key
+) -> tuple[Array, KV, dict[str, Any]]:
     """The rows' attention in one head group -> (values, cache with these rows, its evidence)."""
     q, k, v = qkv
     (b, g, n), live, unturned = k.shape[:3], tokens.pos >= 0, raw(recipe)
@@ -149,7 +152,7 @@ def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional,
         there = jnp.pad(among, ((0, 0), (0, n)), constant_values=True)
         looked = see | {"k_pos": jnp.where(there[:, None], kv.pos, -1)}
         look_lse = attention(turned_q, keys, kv.v, impl=impl, diagonal=diagonal, **looked)[1]
-    seen = observe(needs, turned_q, keys, look_lse, looked, diagonal, length) | {
+    seen = observe(needs, turned_q, keys, look_lse, looked, diagonal, length, i, key) | {
         "keys": k if needs.keys else None,
         "queries": moments(q, live & (pos >= needs.queries)) if needs.queries is not None else None,
     }
@@ -158,7 +161,9 @@ def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional,
     return out, kv, seen
 
 
-def observe(needs: Needs, q, k, lse, see: dict[str, Any], diagonal: int | None = None, length: Array | None = None) -> dict[str, Any]:
+def observe(
+    needs: Needs, q, k, lse, see: dict[str, Any], diagonal: int | None = None, length: Array | None = None, layer: int = 0, key=None
+) -> dict[str, Any]:
     """Attention evidence from queries, keys and the saved logsumexp; no [n n] array exists."""
     out: dict[str, Any] = {}
     plain = {name: x for name, x in see.items() if name != "q_pos"}
@@ -173,6 +178,9 @@ def observe(needs: Needs, q, k, lse, see: dict[str, Any], diagonal: int | None =
     if needs.peak:
         by = lse if length is None else lse + jnp.log(jnp.maximum(length, 1e-6))[:, None]  # exp(logit - lse) / length
         out["peak"] = peak(q, k, by, diagonal=diagonal, **see)
+    if needs.perturbed is not None:
+        drawn = words(key, needs.perturbed.seed, layer)
+        out["perturbed"] = perturbed(q, k, words=drawn, tau=needs.perturbed.tau, diagonal=diagonal, **see)
     if needs.cls:
         out["cls"] = rows(q[:, :, :1], k, lse[:, :, :1], q_pos=see["q_pos"][:, :1], **plain)[:, :, 0]
     return out
@@ -228,7 +236,7 @@ def _heads_of_evidence(evidence: Evidence, a: int, b: int, group: int, heads: in
         d = weights["o"].shape[0] // (group * heads)
         weights = weights | {"o": weights["o"][a * group * d : b * group * d]}
     return evidence._replace(
-        **{name: per_query(getattr(evidence, name)) for name in ("rows", "received", "peak", "cls", "turned")},
+        **{name: per_query(getattr(evidence, name)) for name in ("rows", "received", "peak", "perturbed", "cls", "turned")},
         keys=None if evidence.keys is None else evidence.keys[:, a:b],
         queries=None if evidence.queries is None else tuple(map(per_query, evidence.queries)),
         weights=weights,
@@ -260,9 +268,9 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
             kv, frozen = cache.freeze(learned.get("cache", {}), kv, evidence)
     if policy is not None:
         plan = policy.fit(own, state, kv, evidence, budget_of(keep, "policy", i, cfg, b))
-        kv, state = reduce_kv(plan, kv), Held(_move_slots(plan, state.slots), state.rest)
+        kv, state = reduce_kv(plan, kv, policy.counts), policy.fitted(Held(_move_slots(plan, state.slots), state.rest))
         slots = policy.capacity + policy.every
-        cursor = policy.capacity if policy.every == 1 else plan.index.shape[-1]
+        cursor = policy.capacity if policy.every == 1 else kv.pos.shape[-1]
     else:
         slots, cursor = kv.pos.shape[-1] + new, None
     if reader is not None:
@@ -276,7 +284,7 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
 
 
 def _move_slots(plan, slots):
-    return jax.tree.map(lambda x: gather(x, plan.index), slots)
+    return jax.tree.map(lambda x: gather(x, representative(plan)), slots)
 
 
 def _pad_slots(slots, extra: int):
@@ -305,6 +313,7 @@ def step_part(
     kv = kv._replace(seen=kv.seen + count[:, -1])
     see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
     turned: Any = q if unturned else rotate_by(q, rope, freqs)
+    looks = Needs() if policy is None else policy.step_needs if evict else policy.needs  # rows of a chunk are a prefill's
     keys, values, slots, out = kv.k, kv.v, None, None
     if reader is not None:
         own, sight = learned.get("reader", {}), Sight(freqs, see["window"], cfg.softcap, cfg.scale, impl, ids)
@@ -320,7 +329,7 @@ def step_part(
                 raise ValueError(f"{reader.name} reads raw keys and must say where they and the queries stand (KeyIndex.rope and .query)")
             if unturned:
                 turned = turn(q, jnp.repeat(index.query, q.shape[1] // index.index.shape[1], 1), freqs)
-            if policy is None or policy.step_needs == Needs():
+            if looks == Needs():
                 out, lse = attend_blocks(turned, pos, known, index.index, sight, reader.block, index.rope if unturned else None)
             else:  # a policy that looks at the attention to the slots that are read
                 slots = block_slots(index.index, reader.block)
@@ -333,10 +342,11 @@ def step_part(
         out, lse = attention(turned, keys, values, impl=impl, **see)
     if policy is not None:
         own = learned.get("policy", {})
-        seen: dict[str, Any] = observe(policy.step_needs, turned, keys, lse, see)
+        here = at_hand(i, freqs, key)
+        seen: dict[str, Any] = observe(looks, turned, keys, lse, see, layer=i, key=here["key"])
         if slots is not None:
             seen = {name: scatter(x, slots, kv.pos.shape[-1]) for name, x in seen.items()}
-        evidence = Evidence(**seen, **at_hand(i, freqs, key))
+        evidence = Evidence(**seen, **here)
         state = policy.observe(own, state, kv, evidence)
         budget = budget_of(keep, "policy", i, cfg, kv.seen.shape[0])
         if not evict:
@@ -378,8 +388,8 @@ def _refit(cfg, policy, own, reader, reader_params, i, kv, state, reading, evide
 
     def fit(kv, state, reading):
         plan = policy.fit(own, state, kv, evidence, budget)
-        moved = Held(_pad_slots(_move_slots(plan, state.slots), slots - plan.index.shape[-1]), state.rest)
-        kv = grow_kv(reduce_kv(plan, kv), slots)
+        kv, moved = reduce_kv(plan, kv, policy.counts), policy.fitted(Held(_move_slots(plan, state.slots), state.rest))
+        moved, kv = Held(_pad_slots(moved.slots, slots - kv.pos.shape[-1]), moved.rest), grow_kv(kv, slots)
         return kv, moved, reading if reader is None else reader.start(reader_params, i, kv, cfg.heads)
 
     return jax.lax.cond(kv.cursor >= policy.capacity + policy.every, fit, lambda *same: same, kv, state, reading)

@@ -69,7 +69,8 @@ def empty(cfg: Config, params, b: int, slots: int, recipe: Recipe = PLAIN) -> La
             lost=zeros(b, g),
         )
         nothing = jnp.zeros((b, cfg.heads, slots), jnp.float32)
-        seen = Evidence(received=nothing, rows=nothing[:, :, None], **cached.at_hand(i, jnp.asarray(blocks.frequencies(cfg, i)), None))
+        rest = cached.at_hand(i, jnp.asarray(blocks.frequencies(cfg, i)), None)
+        seen = Evidence(received=nothing, perturbed=nothing, rows=nothing[:, :, None], **rest)
         learned = params.get("methods", {})
         state = recipe.policy.layer(i, cfg.layers).start(learned.get("policy", {}), kv, seen) if recipe.policy else Held()
         reading = recipe.reader.start(learned.get("reader", {}), i, kv, cfg.heads) if recipe.reader else ()
@@ -168,7 +169,7 @@ def probe(
 
 
 def _before(evidence: Evidence, slots: int) -> Evidence:
-    cut = {name: getattr(evidence, name) for name in ("rows", "received", "peak", "cls")}
+    cut = {name: getattr(evidence, name) for name in ("rows", "received", "peak", "perturbed", "cls")}
     return evidence._replace(**{name: None if x is None else x[..., :slots] for name, x in cut.items()})
 
 

@@ -4,9 +4,27 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, UInt32
 
-from jaxtok.ops._chunked import Spec, as_window, check, finite, group, level, make_spec, pad, prepare, probs, put, take, walk
+from jaxtok.ops._chunked import (
+    FAR,
+    Spec,
+    as_window,
+    bounded,
+    check,
+    finite,
+    group,
+    level,
+    logits,
+    make_spec,
+    pad,
+    prepare,
+    probs,
+    put,
+    take,
+    walk,
+)
+from jaxtok.ops.noise import gumbel
 
 
 def received(
@@ -84,6 +102,72 @@ def _columns(spec: Spec, largest: bool, q, k, lse, *rest):
     total = jnp.zeros_like(x.q[:, :, :, 0, :1] * x.k[:, :, None, :, 0], jnp.float32)  # the product's shape and sharding, not its values
     total = walk(spec, x, step, total)[..., : k.shape[2]]
     return total.reshape(*q.shape[:2], k.shape[2])
+
+
+def perturbed(
+    q: Float[Array, "b h t d"],
+    k: Float[Array, "b g s d"],
+    *,
+    words: UInt32[Array, "2"] | UInt32[Array, "b 2"] | None,
+    tau: float | Float32[Array, ""],
+    q_pos: Int32[Array, "b t"],
+    k_pos: Int32[Array, "b s"] | Int32[Array, "b g s"],
+    bias: Float32[Array, "b g s"] | None = None,
+    causal: bool = True,
+    window: int | Int32[Array, ""] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    diagonal: int | None = None,
+) -> Float32[Array, "b h s"]:
+    """Column sums over all live queries of attention that was disturbed and tempered before its softmax (Keyformer).
+
+        perturbed[j] = sum_i softmax_j((logit(i, j) + z_ij) / tau)   over the queries i that see j,   z = ops.noise.gumbel(words, ...)
+
+    words=None: z = 0; with tau = 1 that is `received`. The noise is drawn twice (once for the rows' sums, once for the columns) rather
+    than kept: memory O(block) in t and s. A choice is made of it, so it is a constant to the gradient. Other arguments as in `attention`.
+
+    Raises:
+      ValueError: shapes, dtypes, window or tau are wrong.
+    """
+    check(q, k, q_pos, k_pos, bias=bias, softcap=softcap, diagonal=diagonal)
+    if not isinstance(tau, jax.Array) and not 0 < tau < float("inf"):
+        raise ValueError(f"tau is {tau}; a temperature must be positive and finite")
+    if not q.size or not k.size:
+        return jnp.zeros((*q.shape[:2], k.shape[2]), jnp.float32)
+    spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
+    operands = level(q, k, q_pos, k_pos, bias, as_window(window), jnp.asarray(tau, jnp.float32), words)
+    return _perturbed(spec, *jax.lax.stop_gradient(operands))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _perturbed(spec: Spec, q, k, q_pos, k_pos, bias, window, tau, words):
+    x = prepare(spec, q, k, q_pos, k_pos, bias, window)
+
+    def block(i, j):  # f32 [b g r chunk block], -inf where not visible
+        y, _ = logits(spec, x, i, j)
+        if words is not None:
+            far = take(x.far, j, spec.block, 2)
+            z = gumbel(words, take(x.q_pos, i, spec.chunk, 1), jnp.where(far < FAR, far, -1), q.shape[1])
+            y = y + group(z, k.shape[1])
+        return jnp.where(y > -jnp.inf, bounded(y / tau), -jnp.inf)
+
+    def row(total, i, j, first, guard):
+        old = take(total, i, spec.chunk, 3)
+        return put(
+            total,
+            jnp.logaddexp(old, guard(lambda i, j: jax.nn.logsumexp(block(i, j), -1), i, j, otherwise=jnp.full_like(old, -jnp.inf))),
+            i,
+            3,
+        )
+
+    def column(total, i, j, first, guard):
+        old, saved = take(total, j, spec.block, 3), finite(take(lse, i, spec.chunk, 3))
+        p = lambda i, j, saved: jnp.exp(block(i, j) - saved[..., None]).sum(3)
+        return put(total, old + guard(p, i, j, saved, otherwise=jnp.zeros_like(old)), j, 3)
+
+    lse = walk(spec, x, row, jnp.full_like(x.q[..., 0] * x.k[:, :, None, :1, 0], -jnp.inf, jnp.float32))
+    total = jnp.zeros_like(x.q[:, :, :, 0, :1] * x.k[:, :, None, :, 0], jnp.float32)
+    return walk(spec, x, column, total)[..., : k.shape[2]].reshape(*q.shape[:2], k.shape[2])
 
 
 def rows(

@@ -186,6 +186,7 @@ def heads_are_interchangeable(make):
         rows=evidence.rows[:, query],
         received=evidence.received[:, query],
         peak=evidence.peak[:, query],
+        perturbed=evidence.perturbed[:, query],
         cls=evidence.cls[:, query],
         keys=evidence.keys[:, swap],
         queries=moments,

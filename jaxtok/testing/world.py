@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import reduce_kv
-from jaxtok.core.types import KV, Needs, Part, Tokens
+from jaxtok.core.types import KV, Needs, Noise, Part, Tokens
 from jaxtok.models import blocks, cached, decoder
 from jaxtok.models.config import Config
 
@@ -145,7 +145,9 @@ def near(a, b, tol, what):
 def layer_state(dtype="float32", n=N) -> tuple[KV, Any]:
     """A cache and all evidence about it, from the real first layer."""
     params, ids, _ = world(dtype)
-    needs = Needs(rows=n, received=True, peak=True, cls=True, keys=True, queries=0, turned=n, hidden=True, weights=("o",))
+    needs = Needs(
+        rows=n, received=True, peak=True, perturbed=Noise(), cls=True, keys=True, queries=0, turned=n, hidden=True, weights=("o",)
+    )
     look = lambda tokens, key: cached.attend_rows(CFG, params["layers"][0], 0, tokens, None, Recipe(), needs, False, key, "auto")[1][0]
     return jax.jit(look)(tokens_of(params, ids), jax.random.key(4))
 

@@ -3,11 +3,12 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.core.reader import Sight
-from jaxtok.ops import attention, cache, evidence, landmark, offload, read
+from jaxtok.ops import attention, cache, evidence, landmark, noise, offload, read
 from tests.calls.cases import Case, case
 from tests.calls.values import Sizes, Values
 
@@ -62,6 +63,34 @@ for _look in (evidence.received, evidence.peak, evidence.rows):
     case(f"ops.evidence.{_look.__name__}")(
         lambda s, look=_look: Case(functools.partial(look_back, look), functools.partial(operands, s), how(s))
     )
+
+
+def bits(v: Values, *shape: int) -> np.ndarray:
+    return v.ints(-(2**31), 2**31 - 1, *shape).astype(np.uint32)
+
+
+@case("ops.evidence.perturbed")
+def _(s):
+    fn = lambda q, k, tau, words=None, **see: evidence.perturbed(q, k, words=words, tau=tau, **see)
+    drawn = lambda v: {} if s.i % 3 == 1 else {"words": bits(v, *s.one((2,), (s.b, 2)))}
+    return Case(fn, lambda v: operands(s, v) | drawn(v) | {"tau": v.floats(least=1e-3)}, how(s))
+
+
+@case("ops.noise.gumbel")
+def _(s):
+    def arrays(v):
+        places = {"q_pos": v.positions(s.b, s.t, packed=False), "k_pos": v.positions(s.b * s.one(1, s.g), s.n, packed=False)}
+        return {"words": bits(v, *s.one((2,), (s.b, 2)))} | places | {"k_pos": places["k_pos"].reshape(s.b, -1, s.n)}
+
+    return Case(noise.gumbel, arrays, {"heads": s.h})
+
+
+case("ops.noise.words")(
+    lambda s: Case(
+        lambda layer, key=None: noise.words(key, 3, layer),
+        lambda v: {"layer": v.ints(0, 99)} | ({"key": jax.random.key(int(v.raw[0]))} if s.i % 2 else {}),
+    )
+)
 
 
 @case("ops.cache.append")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtok.core import reduce as red
+from jaxtok.core.compose import compose
 from jaxtok.core.types import KV, DensePlan, Evidence, Plan, Tokens
 
 LOST = jnp.zeros((1,), jnp.int32)
@@ -189,6 +190,23 @@ def test_reduce_kv_by_a_dense_map():
     np.testing.assert_allclose(out.k, jnp.einsum("bgmn,bgnd->bgmd", w, kv.k), rtol=1e-5)
     np.testing.assert_allclose(jnp.exp(out.bias), [[[3, 1], [3, 3]]], rtol=1e-6)
     assert out.pos.tolist() == [[[1, 5], [0, 4]]] and int(out.cursor) == 2 and out.lost.tolist() == [[1, 0]]
+
+
+def test_a_dense_map_may_name_its_rows():
+    """`index` says whose pos a group takes, whatever weighs most; a row that is one source alone stays as it is, to the bit."""
+    w = jnp.array([[[[0.0, 0.0, 0.0, 0.0], [0.0, 0.9, 0.1, 0.0], [0.0, 0.0, 0.0, 1.0]]]])
+    plan = DensePlan(w, jnp.array([[[-1, 2, 3]]], jnp.int32))
+    x = jax.random.normal(jax.random.key(0), (1, 1, 4, 3)).astype(jnp.bfloat16)
+    kv = KV(
+        k=x, v=x, pos=jnp.array([[[0, 4, 6, 9]]], jnp.int32), bias=jnp.array([[[0.0, 0.0, 1.0, 2.0]]]), seen=jnp.array([10], jnp.int32),
+        delta=jnp.array([0], jnp.int32), cursor=jnp.int32(4), lost=jnp.zeros((1, 1), jnp.int32),
+    )  # fmt: skip
+    out = reduce_kv(plan, kv, count=False)
+    assert out.pos.tolist() == [[[-1, 6, 9]]] and out.bias.tolist() == [[[0.0, 1.0, 2.0]]] and int(out.cursor) == 3
+    assert (out.k[0, 0, 2] == x[0, 0, 3]).all() and out.k.dtype == jnp.bfloat16
+    both = compose(plan, DensePlan(jnp.array([[[[0.0, 0.6, 0.4]]]])))  # names go along: the heavier of 6 and 9
+    assert both.index is not None and both.index.tolist() == [[[2]]]
+    assert compose(DensePlan(w), DensePlan(jnp.array([[[[0.0, 0.6, 0.4]]]]))).index is None
 
 
 def test_evidence_moves_with_a_plan_per_head():

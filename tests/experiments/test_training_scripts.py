@@ -24,7 +24,7 @@ def script(name, monkeypatch):
 def test_every_script_that_trains_is_counted_here():
     """A new one needs its own test below."""
     trains = {p.stem for p in FOLDER.glob("*.py") if re.search(r"\boptax\b|jaxtok\.train", p.read_text())}
-    assert trains == {"train_embedded", "linen_example"}
+    assert trains == {"train_embedded", "train_lococo", "linen_example"}
 
 
 def test_the_embedded_model(tmp_path, monkeypatch):
@@ -78,3 +78,25 @@ def test_the_linen_example(monkeypatch):
     for _ in range(3):
         state, _ = m.train_step(state, ids)
     assert len(traces) == 1 and int(state.step) == 3
+
+
+def test_lococo(tmp_path, monkeypatch):
+    """Its measurement takes the same loss, in programs of their own."""
+    m = script("train_lococo", monkeypatch)
+    text = "".join(np.random.default_rng(0).choice(list("etaoin shrdlu"), m.HELD + 5000))
+    monkeypatch.setattr(m, "book", lambda: text)
+    cfg, params, tokenizer = m.load.load("embedded")
+    cfg = dataclasses.replace(cfg, width=16, head_dim=4, hidden=16, layers=2)
+    params = m.blocks.init(cfg, jax.random.key(0))
+    monkeypatch.setattr(m.load, "load", lambda _: (cfg, params, tokenizer))
+    traces, make = [], m.lococo.make_loss
+
+    def counted(*args, **options):
+        loss = make(*args, **options)
+        return lambda *batch: (traces.append(jax.config.jax_disable_jit), loss(*batch))[1]
+
+    monkeypatch.setattr(m.lococo, "make_loss", counted)
+    out = m.main(m.Args(slots=8, block=8, length=24, batch=2, steps=4, rows=4, out=tmp_path))
+    assert len(traces) == 2, "once for the step, once for the measurement"
+    assert set(out["nats a character"]) == {"full cache", "alpha = 0: heavy hitters only", "before training", "trained"}
+    assert (tmp_path / "curves.png").is_file() and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1

@@ -27,6 +27,7 @@ EXEMPT: dict[tuple[str, str], str] = {
         for name in ("quest", "tidaldecode", "recycled", "tokenselect", "tokenselect:pages", "actqkv", "sentencekv.reader", "landmark")
     },
     ("merging", "dropped_equals_masked"): _FOLDED,
+    ("lococo", "dropped_equals_masked"): _FOLDED,
     ("cam", "dropped_equals_masked"): _FOLDED,
     ("cam-mean", "dropped_equals_masked"): _FOLDED,
     ("think", "dropped_equals_masked"): _CHANNELS,

@@ -14,10 +14,11 @@ from jaxtok.core.protocols import vacate
 from jaxtok.core.reader import Sight
 from jaxtok.core.reduce import gather, grow_kv, reduce_kv
 from jaxtok.core.rotary import turn
-from jaxtok.core.types import KV, Evidence
+from jaxtok.core.types import KV, Evidence, Noise
 from jaxtok.ops.attention import attention
 from jaxtok.ops.cache import place
-from jaxtok.ops.evidence import received, rows
+from jaxtok.ops.evidence import perturbed, received, rows
+from jaxtok.ops.noise import words
 
 B, H, G, N, D = 2, 4, 2, 24, 8
 LIVE = (24, 17)
@@ -60,14 +61,15 @@ def problem(seed=0, live=LIVE, h=H, g=G, n=N, d=D, junk=0.0) -> tuple[np.ndarray
     return q, cache(k, v, live)
 
 
-@functools.partial(jax.jit, static_argnames="w")
-def look(q, kv: KV, w: int) -> Evidence:
-    """The model's attention evidence of a prefill."""
+@functools.partial(jax.jit, static_argnames=("w", "noise"))
+def look(q, kv: KV, w: int, noise: Noise | None = None) -> Evidence:
+    """The model's attention evidence of a prefill, in layer 0 and without a key."""
     see: dict[str, Any] = dict(q_pos=kv.pos[:, 0], k_pos=kv.pos)
     q = q.astype(kv.k.dtype)
     _, lse = attention(q, kv.k, kv.v, **see)
     last = rows(q[:, :, -w:], kv.k, lse[:, :, -w:], q_pos=kv.pos[:, 0, -w:], k_pos=kv.pos)
-    return Evidence(rows=last, received=received(q, kv.k, lse, **see))
+    disturbed = None if noise is None else perturbed(q, kv.k, words=words(None, noise.seed, 0), tau=noise.tau, **see)
+    return Evidence(rows=last, received=received(q, kv.k, lse, **see), perturbed=disturbed)
 
 
 def softmax_rows(q, k, pos, scale=None) -> np.ndarray:
@@ -236,7 +238,7 @@ def drive(policy, q, k, v, live, prefill, keep=None, dtype=jnp.float32):
             turn(first, jnp.repeat(ids, q.shape[1] // ids.shape[1], 1), freqs(q.shape[-1])),
             kv._replace(k=turn(kv.k, ids, freqs(q.shape[-1]))),
         )
-    kv, state = _start(policy)(kv, look(first, seen, 1), keep)
+    kv, state = _start(policy)(kv, look(first, seen, 1, policy.needs.perturbed), keep)
     yield kv, state, None, None
     for t in range(prefill, q.shape[2]):
         kv, state, out, row = _step(policy)(kv, state, q[:, :, t], k[:, :, t], v[:, :, t], keep)
@@ -264,5 +266,5 @@ def check_policy(make, *, protected) -> None:
     assert small == sets["small"], "a traced budget under the capacity is the smaller capacity"
     # bf16 in, bf16 out, state in float32
     half = cache(k[:, :, :N], v[:, :, :N], LIVE, jnp.bfloat16)
-    out, state = jax.eval_shape(_start(policy), half, look(q[:, :, :N], half, 1), None)
-    assert out.k.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))
+    out, state = jax.eval_shape(_start(policy), half, look(q[:, :, :N], half, 1, policy.needs.perturbed), None)
+    assert out.k.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.slots))

@@ -10,7 +10,8 @@ import pytest
 
 from jaxtok.ops import _chunked
 from jaxtok.ops.attention import attention
-from jaxtok.ops.evidence import received, rows
+from jaxtok.ops.evidence import perturbed, received, rows
+from jaxtok.ops.noise import gumbel, words
 
 
 @pytest.fixture
@@ -154,6 +155,56 @@ def test_memory_is_linear():
     assert temp(8192) <= 4.4 * temp(2048)
 
 
+def disturbed(x, drawn, tau, **static):
+    """The perturbed attention matrix of numpy with the noise of `gumbel`, whole: its column sums [b h s]."""
+    k_pos = x["k_pos"][:, None] if x["k_pos"].ndim == 2 else x["k_pos"]
+    z = 0.0 if drawn is None else np.asarray(gumbel(drawn, jnp.asarray(x["q_pos"]), jnp.asarray(k_pos), x["q"].shape[1]), np.float64)
+    p = matrix(**x, **static)
+    y = np.where(p > 0, (np.log(np.where(p > 0, p, 1)) + z) / tau, -np.inf)
+    e = np.where(p > 0, np.exp(y - y.max(-1, keepdims=True, initial=-1e9)), 0)
+    return (e / np.maximum(e.sum(-1, keepdims=True), 1e-300)).sum(2)
+
+
+@pytest.mark.parametrize("name, tau, seed", [("mha", 1.0, 0), ("gqa", 1.7, 1), ("cache", 0.5, 2), ("two_sided", 3.0, None)])
+def test_perturbed_equals_the_dense_matrix(name, tau, seed, small):
+    """In blocks of 8 x 8; every query that sees something gives 1; rows in other places of the call change nothing."""
+    x, static, window = CASES[name]
+    q, k, rest = split(x, window)
+    drawn, fn = words(None, seed, 0), jax.jit(functools.partial(perturbed, **static))
+    got = fn(q, k, words=drawn, tau=jnp.float32(tau), **rest)
+    want = disturbed(
+        x, drawn, tau, **{key: a for key, a in static.items() if key != "diagonal"}, **({} if window is None else {"window": window})
+    )
+    np.testing.assert_allclose(got, want, atol=5e-6)
+    np.testing.assert_allclose(got.sum(-1), np.isfinite(attention(q, k, k, **rest, **static)[1]).sum(-1), rtol=1e-5)
+    if name == "cache":  # the slots in another order
+        order = np.random.default_rng(0).permutation(k.shape[2])
+        moved = fn(q, k[:, :, order], words=drawn, tau=jnp.float32(tau), **rest | {n: rest[n][:, :, order] for n in ("k_pos", "bias")})
+        np.testing.assert_allclose(moved, got[..., order], atol=5e-6)
+
+
+def test_perturbed_without_noise_is_received(small):
+    x, static, window = CASES["gqa"]
+    q, k, rest = split(x, window)
+    calm = jax.jit(functools.partial(perturbed, words=None, tau=1.0, **static))(q, k, **rest)
+    np.testing.assert_allclose(calm, everything(q, k, rest, static)[1], atol=2e-6)
+    hot = perturbed(q, k, words=None, tau=1e9, **rest, **static)  # no end of heat: each key that is seen gets as much
+    np.testing.assert_allclose(hot, disturbed(x, None, 1e9, softcap=1.5, window=9), atol=2e-6)
+    grad = jax.grad(lambda q: jnp.sum(perturbed(q, k, words=words(None, 0, 0), tau=2.0, **rest, **static)))(q)
+    assert not np.asarray(grad).any()  # a choice is made of it
+
+
+def test_perturbed_needs_no_matrix():
+    """Temporary memory at 8,192 tokens over that at 2,048, with noise."""
+
+    def temp(n):
+        x, p = jax.ShapeDtypeStruct((1, 1, n, 8), jnp.float32), jax.ShapeDtypeStruct((1, n), jnp.int32)
+        f = lambda q, k, p: perturbed(q, k, words=words(None, 0, 0), tau=1.5, q_pos=p, k_pos=p, diagonal=0)
+        return jax.jit(f).lower(x, x, p).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp(8192) <= 4.4 * temp(2048)
+
+
 def test_wrong_arguments(untyped):
     x, y = jnp.zeros((1, 2, 4, 3)), jnp.zeros((1, 2, 4))
     pos = jnp.zeros((1, 4), jnp.int32)
@@ -163,3 +214,6 @@ def test_wrong_arguments(untyped):
         rows(x, x.astype(jnp.bfloat16), y, q_pos=pos, k_pos=pos)
     with pytest.raises(ValueError, match="window is 0"):
         rows(x, x, y, q_pos=pos, k_pos=pos, window=0)
+    for tau in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="a temperature must be positive and finite"):
+            perturbed(x, x, words=None, tau=tau, q_pos=pos, k_pos=pos)
