@@ -24,8 +24,8 @@ def made(s: Sizes, make: Callable[[int], Any]) -> Any:
     return method.layer(s.i % 2, 2) if hasattr(method, "layer") else method
 
 
-def learned(method: Any) -> Any:
-    return method.init_params(jax.random.key(0), CFG)
+def learned(method: Any, s: Sizes) -> Any:
+    return method.init_params(jax.random.key(0), dataclasses.replace(CFG, heads=s.h, kv_heads=s.g))
 
 
 def compress(make):
@@ -35,7 +35,7 @@ def compress(make):
         s = s._replace(w=window)
 
         def fn(kv, evidence, keep=None):
-            return method.freeze(learned(method), *method.compress(learned(method), kv, evidence, keep))
+            return method.freeze(learned(method, s), *method.compress(learned(method, s), kv, evidence, keep))
 
         keep = lambda v: {"keep": v.keep(*s.one((s.b, 1), (s.b, s.g), ()))} if s.i % 3 else {}
         return Case(fn, lambda v: {"kv": resized(v, s).kv(), "evidence": resized(v, s).evidence()} | keep(v))
@@ -53,8 +53,8 @@ def fit(make):
         method = made(s, make)
 
         def fn(kv, evidence, keep):
-            state = method.start(learned(method), kv, evidence)
-            plan = method.fit(learned(method), state, kv, evidence, keep)
+            state = method.start(learned(method, s), kv, evidence)
+            plan = method.fit(learned(method, s), state, kv, evidence, keep)
             return reduce.reduce_kv(plan, kv), jax.tree.map(lambda x: reduce.gather(x, plan.index), state.slots)
 
         return Case(fn, lambda v: {"kv": v.kv(), "evidence": v.evidence(), "keep": v.keep(s.b, 1)})
@@ -68,7 +68,7 @@ def step(make):
         slots = method.capacity + method.every
 
         def fn(kv, evidence, row, bias, pos, keep):
-            own = learned(method)
+            own = learned(method, s)
             state = method.start(own, kv, evidence)
             kv = cache.append(kv._replace(cursor=jnp.full((), method.capacity, jnp.int32)), row, row, pos, bias)
             kv = kv._replace(seen=jnp.maximum(kv.seen, pos[:, 0] + 1))
