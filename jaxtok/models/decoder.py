@@ -69,7 +69,14 @@ def empty(cfg: Config, params, b: int, slots: int, recipe: Recipe = PLAIN) -> La
             lost=zeros(b, g),
         )
         nothing = jnp.zeros((b, cfg.heads, slots), jnp.float32)
-        seen = Evidence(received=nothing, rows=nothing[:, :, None], **cached.at_hand(i, jnp.asarray(blocks.frequencies(cfg, i)), None))
+        turned = jnp.zeros((b, cfg.heads, recipe.policy.needs.turned if recipe.policy else 0, cfg.head_dim), dtype)
+        seen = Evidence(
+            received=nothing,
+            rows=nothing[:, :, None],
+            peak=nothing,
+            turned=turned,
+            **cached.at_hand(i, jnp.asarray(blocks.frequencies(cfg, i)), None),
+        )
         learned = params.get("methods", {})
         state = recipe.policy.layer(i, cfg.layers).start(learned.get("policy", {}), kv, seen) if recipe.policy else Held()
         reading = recipe.reader.start(learned.get("reader", {}), i, kv, cfg.heads) if recipe.reader else ()

@@ -1,9 +1,9 @@
 """CompressKV's two calibrations of a model: which heads retrieve, and how much each layer loses. Source: arXiv:2508.02401.
 
-    found = calibrate_heads(cfg, params, ids, live, needle, new=32)                 # add several batches up
-    params = params | {"methods": {"cache": {"heads": found.heads}}}
-    errors = calibrate_layers(cfg, params, ids, live, answers, CompressKV(capacity=256))       # average several batches
-    recipe = Recipe(cache=CompressKV(capacity=256, errors=tuple(errors.tolist())))
+found = calibrate_heads(cfg, params, ids, live, needle, new=32)                 # add several batches up
+params = params | {"methods": {"cache": {"heads": found.heads}}}
+errors = calibrate_layers(cfg, params, ids, live, answers, CompressKV(capacity=256))       # average several batches
+recipe = Recipe(cache=CompressKV(capacity=256, errors=tuple(errors.tolist())))
 """
 
 from typing import Any, NamedTuple
@@ -31,7 +31,14 @@ class Heads(NamedTuple):
 
 
 def calibrate_heads(
-    cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None, needle: Bool[Array, "b n"], *, new: int, impl: str = "auto"
+    cfg: Config,
+    params,
+    ids: Int[Array, "b n"],
+    live: Bool[Array, "b n"] | None,
+    needle: Bool[Array, "b n"],
+    *,
+    new: int,
+    impl: str = "auto",
 ) -> Heads:
     """How much each query head looks at a needle in a haystack while the model repeats it.
 

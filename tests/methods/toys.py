@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtok.core.protocols import vacate
 from jaxtok.core.reader import Sight
 from jaxtok.core.reduce import gather, grow_kv, reduce_kv
 from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV, Evidence
+from jaxtok.core.vacate import vacate
 from jaxtok.ops.attention import attention
 from jaxtok.ops.cache import place
 from jaxtok.ops.evidence import received, rows

@@ -31,12 +31,12 @@ def test_heads_by_growing_prompts(haystack):
     needle, (heads, hits), _ = haystack
     params, ids, _ = world()
     n = N + NEW
-    last = jax.jit(
-        lambda ids, live: [
-            (decoder.logits(CFG, params, tokens.x[:, -1:])[:, 0], [part.rows[:, :, 0] for (part,) in seen])
-            for tokens, _, seen in [decoder.survey(CFG, params, decoder.embed(CFG, params, ids, live), Needs(rows=1))]
-        ][0]
-    )
+
+    @jax.jit
+    def last(ids, live):
+        tokens, _, seen = decoder.survey(CFG, params, decoder.embed(CFG, params, ids, live), Needs(rows=1))
+        return decoder.logits(CFG, params, tokens.x[:, -1:])[:, 0], [part.rows[:, :, 0] for (part,) in seen]
+
     want, count = np.zeros((CFG.layers, CFG.heads)), np.zeros(B, int)
     for b in range(B):
         text = np.asarray(ids)[b][LIVE[b]].tolist()
@@ -143,12 +143,11 @@ def test_errors_are_the_method_s(layers):
 def test_refused():
     params, ids, force = world()
     heads = lambda **changes: calibrate.calibrate_heads(CFG, params, **({"ids": ids, "live": None, "needle": ids > 3, "new": 2} | changes))
-    for match, changes in {"new must be >= 1": dict(new=0), "they must be alike": dict(needle=ids[:, 1:] > 3)}.items():
+    one = dict(ids=ids[:, :1], needle=ids[:, :1] > 3)
+    for match, changes in {"new must be >= 1": dict(new=0), "they must be alike, two tokens or more": one}.items():
         with pytest.raises(ValueError, match=match):
             heads(**changes)
     with pytest.raises(ValueError, match=r"they must be \[b n\], \[b t\]"):
-        calibrate.calibrate_layers(CFG, params, ids, None, force[:1, :3], METHOD)
+        calibrate.calibrate_layers(CFG, params, ids, None, force[:, :0], METHOD)
     with pytest.raises(ValueError, match="kvzip needs more than one pass"):
         calibrate.calibrate_layers(CFG, params, ids, None, force, KVzip(capacity=4))
-
-

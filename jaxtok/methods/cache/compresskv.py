@@ -101,7 +101,9 @@ class CompressKV(CacheScorer):
         if not self.errors:
             return self
         if len(self.errors) != layers:
-            raise ValueError(f"compresskv has the errors of {len(self.errors)} layers and the model {layers} layers; calibrate it on the model")
+            raise ValueError(
+                f"compresskv has the errors of {len(self.errors)} layers and the model {layers} layers; calibrate it on the model"
+            )
         return self.resize(self.table[i])
 
     def resize(self, capacity: int) -> CacheCompressor:
@@ -121,7 +123,9 @@ class CompressKV(CacheScorer):
             )
         table = params["heads"]
         if table.ndim != 2 or table.shape[1] != h or h % g:
-            raise ValueError(f"compresskv's table of heads is {list(table.shape)} for a layer of {h} query and {g} KV heads; use no Recipe.heads")
+            raise ValueError(
+                f"compresskv's table of heads is {list(table.shape)} for a layer of {h} query and {g} KV heads; use no Recipe.heads"
+            )
         value = select.finite(jnp.asarray(table)[layer])
         best = value >= jnp.sort(value)[-min(self.first_k, h)]
         candidate = (kv.pos >= 0) & ~self.protect.mask(kv.pos, kv.seen)

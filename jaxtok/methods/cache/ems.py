@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxtok.core import budget, check, select
-from jaxtok.core.protocols import CacheCompressor, top_slots
+from jaxtok.core.protocols import CacheCompressor, CacheScorer, top_slots
 from jaxtok.core.reduce import gather, move, reduce_kv
 from jaxtok.core.registry import register
 from jaxtok.core.score import nearest, to_kv_heads
@@ -50,7 +50,7 @@ class EMS(CacheCompressor):
     tau: float = 0.6
     combine: str = "max"
     count: bool = False
-    protect: Protect = Protect()
+    protect: Protect = CacheScorer.protect
 
     def __post_init__(self):
         check.kind("protect", self.protect, Protect)

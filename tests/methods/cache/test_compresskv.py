@@ -132,7 +132,8 @@ def test_other_heads_do_not_matter():
     evidence, method = toys.look(q, kv, 4), CompressKV(capacity=9, window=4, pool=3, first_k=2)
     table = [0.9, 0.2, 0.1, 0.8]
     a, b, c = (
-        run(method, table, kv, evidence._replace(rows=evidence.rows[:, jnp.array(order)])) for order in ([0, 1, 2, 3], [0, 2, 1, 3], [1, 0, 2, 3])
+        run(method, table, kv, evidence._replace(rows=evidence.rows[:, jnp.array(order)]))
+        for order in ([0, 1, 2, 3], [0, 2, 1, 3], [1, 0, 2, 3])
     )
     np.testing.assert_array_equal(a[0], b[0])
     assert toys.kept(a[1]) == toys.kept(b[1]) and np.abs(np.asarray(a[0] - c[0])).max() > 1e-3
@@ -177,7 +178,7 @@ def test_refuses():
         Recipe(cache=CompressKV(capacity=40, errors=(1.0, 2.0, 3.0))).cache.layer(0, 2)
     q, kv = toys.problem()
     seen = toys.look(q, kv, 8)
-    with pytest.raises(ValueError, match="train.compresskv.calibrate_heads, or init_params"):
+    with pytest.raises(ValueError, match=r"train\.compresskv\.calibrate_heads, or init_params"):
         CompressKV(capacity=9).score({}, kv, seen._replace(layer=jnp.int32(0)))
     with pytest.raises(ValueError, match=r"table of heads is \[2, 8\] for a layer of 4 query and 2 KV heads"):
         CompressKV(capacity=9).score({"heads": jnp.zeros((2, 8))}, kv, seen._replace(layer=jnp.int32(0)))
@@ -214,8 +215,8 @@ def test_official_choices(data, v):
             if get("gap")[0] > 1e-6:
                 assert chosen[head] == theirs
             else:
-                at = lambda keep: np.sort([score[p] for p in keep if p < n - w])
-                np.testing.assert_allclose(at(chosen[head]), at(theirs), atol=2e-6)
+                mine, other = (np.sort([score[p] for p in keep if p < n - w]) for keep in (chosen[head], theirs))
+                np.testing.assert_allclose(mine, other, atol=2e-6)
 
 
 @pytest.mark.parametrize("i", range(5))
