@@ -50,7 +50,8 @@ class Decoding(CachePolicy):
     compression_interval = interval); PrefillDecodingPress with the same press twice is this policy. Not carried over from 0.5.5: the
     buffered queries are all rotated to the last position, so that only windows of one query are sound; moments are of the buffer less its
     first n_sink rows, at positions that count from the buffer; the buffer is emptied at each cut, so that a window longer than
-    the interval is refused.
+    the interval is refused; what stays is left in the order of its scores, so that pooling, runs and chunks meet other neighbours from the
+    second cut on (ours stays in order of the text).
     """
 
     base: CacheCompressor
