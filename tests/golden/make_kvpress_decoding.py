@@ -1,6 +1,6 @@
 """Adds decoding.npz to folders of tests/golden/kvpress/: what kvpress 0.5.5 keeps while generating, and the logits of every step.
 
-    python -m tests.golden.make_kvpress_decoding       (after make_kvpress, in its environment; writes about 40 KB)
+    python -m tests.golden.make_kvpress_decoding       (after make_kvpress, in its environment; writes about 25 KB)
 
 A prompt of the case's length, then STEPS forced tokens, under a PrefillDecodingPress: prompt cut to TARGET tokens, again every INTERVAL steps. Fields:
     ids                  i32 [n + STEPS]
@@ -20,7 +20,7 @@ import numpy as np
 from tests.golden.make_kvpress import CASES, FOLDER, GAP, KVPRESS, VOCAB, build
 
 TARGET, INTERVAL, STEPS, SOME = 20, 6, 20, 16
-CHOSEN = {"llama_gqa_60": 9, "llama_mha_50": 6, "qwen3_gqa_72": 8}  # and the seed of their ids
+CHOSEN = {"llama_gqa_60": 9, "qwen3_gqa_72": 8}  # and the seed of their ids
 ALONE = ("k_norm", "snapkv_1")
 
 

@@ -23,13 +23,11 @@ from jaxtok.methods import (
     KVzip,
     Quest,
     SnapKV,
-    StreamingLLM,
     ThinK,
     TokenSelect,
 )
 from jaxtok.models import blocks, decoder
 from jaxtok.testing.world import CFG, LENGTHS, LIVE, B, N, T, near, run, tokens_of, world
-from tests.methods import toys
 
 small = {
     "decoding": lambda capacity: Decoding(base=SnapKV(capacity=capacity, window=2, pool=3), interval=3),
@@ -159,3 +157,101 @@ def test_what_a_step_is_told():
     q = np.concatenate([lo * np.cos(angle) - hi * np.sin(angle), hi * np.cos(angle) + lo * np.sin(angle)], -1)[:, p >= 1]
     near(got.queries[0][0], q.mean(1), 2e-5, "mean of queries")
     near(got.queries[1][0], np.einsum("hni,hnj->hij", *[q - q.mean(1, keepdims=True)] * 2) / q.shape[1], 5e-5, "covariance")
+
+
+# --- bases that merge, share, come in layers ------------------------------------------------------------------------------
+
+COUNTED = EMS(capacity=6, window=2, tau=-1.0, merge=9.0, count=True)
+
+
+def test_what_goes_is_counted_where_the_base_counts():
+    """EMS that merges all and counts: through the whole generation the slots stand for every token that was seen; nothing is lost."""
+    out = play(Decoding(base=COUNTED, interval=3))
+    for kv in out["final"]:
+        live = kv.pos >= 0
+        np.testing.assert_allclose(np.where(live, np.exp(kv.bias), 0.0).sum(-1), np.repeat(kv.seen[:, None], CFG.kv_heads, 1), rtol=1e-4)
+        assert live.sum(-1).max() <= 6 + 2 and kv.k.shape[2] == 6 + 3 and not kv.lost.any()
+
+
+@pytest.mark.parametrize(
+    "base, slots",
+    [
+        (AdaKV(base=SnapKV(capacity=6, window=2, pool=1), slack=1.5), 9),
+        (CaM(base=SnapKV(capacity=6, window=2, pool=1), window=2), 6),
+    ],
+    ids=["ada_kv", "cam"],
+)
+def test_wrappers_as_bases(base, slots):
+    """Heads share one budget (its slots are more than its capacity); values are folded: the same tokens as without, other logits."""
+    out = play(Decoding(base=base, interval=3))
+    live = [(kv.pos >= 0).sum(-1) for kv in out["filled"]]
+    assert all(kv.k.shape[2] == slots + 3 for kv in out["filled"]) and all((x.sum(-1) == np.minimum(LENGTHS, 6) * 2).all() for x in live)
+    assert np.isfinite(out["logits"]).all()
+    if slots == 6:
+        plain = play(Decoding(base=base.base, interval=3))
+        np.testing.assert_array_equal(out["sets"][0], plain["sets"][0])
+        assert np.abs(out["logits"] - plain["logits"]).max() > 1e-3
+    else:
+        assert max(x.max() for x in live) > 6, "no head had more than its share: a weak case"
+
+
+def test_in_the_loops():
+    """`generate` with a sequence that ends early and a reader beside it; a prompt in chunks keeps what a prompt at once keeps."""
+    params, ids, _ = world()
+    base = SnapKV(capacity=5, window=3, pool=1)
+    recipe = Recipe(policy=Decoding(base=base, interval=2), reader=Quest(pages=9, block=1, dense_layers=0))
+
+    def go():
+        tokens, layers = decoder.prefill(CFG, params, tokens_of(params, ids), recipe, new=0)
+        first = decoder.logits(CFG, params, tokens.x[:, -1:])[0, 0]
+        plain = recipe.replace(reader=None)
+        whole = generate(CFG, params, *decoder.prefill(CFG, params, tokens_of(params, ids), plain, new=0), plain, new=7, eos=())
+        read = generate(CFG, params, tokens, layers, recipe, new=7, eos=())
+        chunked = prefill_chunked(CFG, params, ids, jnp.asarray(LIVE), plain, chunk=5, new=0)
+        return jnp.argmax(first), whole, read, chunked, layers
+
+    token, whole, read, chunked, layers = jax.device_get(jax.jit(go)())
+    np.testing.assert_array_equal(whole.ids, read.ids)  # all pages are read
+    assert whole.count.tolist() == [7] * B and whole.ids[0, 0] == token
+    for a, b in zip(layers, chunked[1], strict=True):
+        live = lambda kv: [[sorted(head[head >= 0].tolist()) for head in row] for row in kv.pos]
+        assert live(a[0].kv) == live(b[0].kv)
+    # the sequence that ends leaves no trace: its ring and cache stay
+    stop = int(whole.ids[0, 2])
+    early = jax.jit(
+        lambda: generate(
+            CFG, params, *decoder.prefill(CFG, params, tokens_of(params, ids), recipe.replace(reader=None), new=0),
+            recipe.replace(reader=None), new=7, eos=(stop,),
+        )
+    )()  # fmt: skip
+    seen = np.asarray(early.layers[0][0].kv.seen)
+    ended = np.asarray(early.count) < 7
+    assert ended[0] and (seen[ended] == (LENGTHS + np.asarray(early.count) - 1)[ended]).all()
+    running = np.flatnonzero(~ended)
+    np.testing.assert_array_equal(np.asarray(early.ids)[running], whole.ids[running])
+    ring = early.layers[0][0].policy.rest
+    assert (np.sort(np.asarray(ring.pos), -1)[:, -1] == seen - 1).all()
+
+
+def test_refused():
+    for base, match in {
+        KVzip(capacity=4): "kvzip needs decode.prefill_reread",
+        CriticalKV(base=SnapKV(capacity=70)): "criticalkv needs weights",
+        KeyRerotation(base=KNorm(capacity=4)): "key_rerotation needs keys",
+        ThinK(): "think drops no slots",
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            Decoding(base=base)
+    with pytest.raises(ValueError, match="interval must be >= 1, got 0"):
+        Decoding(base=KNorm(capacity=4), interval=0)
+    inner = Recipe(policy=Decoding(base=AdaKV(base=KVzip(capacity=4))))
+    assert inner.passes == ("kvzip", "decode.prefill_reread")
+    method = Decoding(base=SnapKV(capacity=70, window=9), interval=5)
+    with pytest.raises(ValueError, match="decoding works on rotated keys, but they are stored unrotated"):
+        Recipe(policy=method, reader=TokenSelect()).validate(CFG)
+    with pytest.raises(ValueError, match=r"cut to the policy's 70; give decoding at least 80"):
+        Recipe(policy=method, cache=SnapKV(capacity=80)).validate(CFG)
+    assert (method.slots, method.every, method.needs.turned, method.step_needs.turned, method.queries) == (70, 5, 9, 9, 9)
+    assert Decoding(base=KNorm(capacity=4)).queries == 0 and Decoding(base=EMS(capacity=4, window=2), buffer=7).queries == 7
+    with pytest.raises(ValueError, match=r"evidence\.turned is missing"):
+        method.start({}, play(small["decoding:keys"](6))["filled"][0], Evidence())
