@@ -84,8 +84,8 @@ class CaMPolicy(StepWrapper):
     nothing newer behind it (the newest token itself) goes without trace. Which tokens stay is `base`'s alone; what it needs (StreamingLLM,
     H2O, TOVA, ...) it gets. `sample=False`: p_j itself, the mean of the draws. Draws: CaM's.
 
-    Our reading: any policy may choose. Beside `base`'s state a slot has one sum of attention; a step sorts the slots and changes `window`
-    values. ValueError for a base that makes room only now and then.
+    Our reading: any policy may choose. Beside `base`'s state a slot has one sum of attention. ValueError for a base that compresses only
+    now and then.
     """
 
     base: CachePolicy
@@ -179,8 +179,7 @@ def fold(plan: Plan, kv: KV, attention: Float[Array, "b g s"], window: int, draw
     n = here.shape[-1]
     # kept token number i, counted from 0, is the target of what went since kept token number i - window
     number = jnp.cumsum(here.astype(jnp.int32), -1)  # how many kept ones up to here: of an evicted one, its first target
-    total = number[..., -1:]
-    m = jnp.clip(total - number, 0, window)
+    m = jnp.clip(number[..., -1:] - number, 0, window)
     slot = jnp.where(here, number - 1, n)
     b, g, _ = slot.shape
     at = jnp.indices((b, g), sparse=True)
