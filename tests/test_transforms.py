@@ -11,9 +11,9 @@ import optax
 import pytest
 
 from jaxtok.core import compose, reduce, score, select
-from jaxtok.core.protocols import vacate
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import DensePlan, Plan
+from jaxtok.core.vacate import vacate
 from jaxtok.decode import Sampler, generate, prefill_chunked, replay
 from jaxtok.methods import H2O, TOVA, AdaKV, Chunked, ExpectedAttention, KeyDiff, KeyRerotation, Quest, SnapKV, StreamingLLM
 from jaxtok.models import blocks, decoder

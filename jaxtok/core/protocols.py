@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import budget, check, reduce, select
-from jaxtok.core.types import KV, BlockTable, DensePlan, Evidence, Frozen, Needs, Plan, Protect, Tokens, live_count
+from jaxtok.core.types import KV, BlockTable, DensePlan, Evidence, Frozen, Needs, Plan, Protect, Tokens
 
 
 class Method:
@@ -153,6 +153,7 @@ class CachePolicy(Method):
     raw: bool = False  # keys stored unrotated, placed at their rank among the live ones when read
     counts: ClassVar[bool] = True  # a slot that stands for several tokens counts as so many (its bias)
     recurrent: ClassVar[bool] = False  # a prefill in chunks fits after each of them, so that the cache never holds the prompt
+    reads_rotated: ClassVar[bool] = False  # compares with rotated keys
     capacity: int
 
     @property
@@ -176,6 +177,26 @@ class CachePolicy(Method):
         """State after new rows were attended to, before anything is vacated."""
         return state
 
+    @property
+    def slots(self) -> int:
+        """Static slots of a KV head after a fit, at most."""
+        return self.capacity
+
+    @property
+    def vacates(self) -> bool:
+        """Whether a step vacates one slot, the `victim`'s; else `refit` makes room each time `every` spare slots are full."""
+        return self.every == 1
+
+    def recall(self, params, state: Held) -> tuple[Needs, Float[Array, "b h w d"], Int[Array, "b w"]] | None:
+        """Past queries, after the rotary embedding, with their positions (-1 = none), and which evidence about them `refit` wants."""
+        return None
+
+    def refit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Held]:
+        """The cache brought down to its slots, after a prefill and when the spare slots are full; the state moves along."""
+        plan = self.fit(params, state, kv, evidence, keep)
+        slots = jax.tree.map(lambda x: reduce.gather(x, reduce.representative(plan)), state.slots)
+        return reduce.reduce_kv(plan, kv, self.counts), self.fitted(Held(slots, state.rest))
+
     def fit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> Plan | DensePlan:
         """The plan [b g capacity] that brings a cache down to the capacity."""
         check.cache(kv)
@@ -190,34 +211,9 @@ class CachePolicy(Method):
         """Slots that must stay, and scores: the lowest other one goes. `keep` is the budget of live slots in force."""
         raise NotImplementedError(f"{type(self).__name__} must score")
 
-
-def vacate(policy: CachePolicy, params, state: Held, kv: KV, keep=None) -> tuple[KV, Held, Int[Array, "b g"]]:
-    """Move the key at the cursor into a free slot, or into the slot of the victim where the budget is full (`every` = 1).
-
-    The spare slot at the cursor, whither the cursor returns, is dead afterwards. Also returns the slots that were taken.
-    """
-    check.cache(kv)
-    if kv.pos.shape[-1] <= policy.capacity:
-        raise ValueError(f"{policy.name} needs a spare slot beside its {policy.capacity}; this cache has {kv.pos.shape[-1]} slots")
-    keep = budget.per_head(keep, kv.pos.shape[:2], policy.capacity)
-    protect, score = policy.victim(params, state, kv, keep)
-    live, at = kv.pos >= 0, jnp.asarray(policy.capacity, jnp.int32)
-    full = live_count(kv.pos) > keep
-    rank = jnp.where(protect, -select.NEG, jnp.minimum(select.finite(score), -select.NEG / 2))
-    rank = jnp.where(live, rank, jnp.where(full, jnp.inf, -jnp.inf)[..., None])
-    slot = jnp.arange(kv.pos.shape[-1], dtype=jnp.int32)[None, None]
-    rank = jnp.where(slot > at, jnp.inf, rank)
-    # a spare slot that holds a dead row (a finished sequence) goes back to itself
-    victim = jnp.where(jnp.take(kv.pos, at, axis=2) < 0, at, jnp.argmin(rank, -1).astype(jnp.int32))
-
-    def put(x, empty):
-        new = jnp.take(x, at, axis=2)
-        b, g = jnp.indices(victim.shape, sparse=True)
-        x = x.at[b, g, victim].set(new)
-        return jax.lax.dynamic_update_slice_in_dim(x, jnp.full_like(x[:, :, :1], empty), at, 2)
-
-    kv = kv._replace(k=put(kv.k, 0), v=put(kv.v, 0), pos=put(kv.pos, -1), bias=put(kv.bias, 0), cursor=at)
-    return kv, Held(jax.tree.map(lambda x: put(x, 0), state.slots), state.rest), victim
+    def depart(self, params, state: Held, kv: KV, slot: Int[Array, "b g"], evidence: Evidence) -> KV:
+        """The cache before the victim in `slot` goes (-1 = none does): what it leaves to the others (CaM)."""
+        return kv
 
 
 class Sparsifier(Method):

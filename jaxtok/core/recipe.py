@@ -84,7 +84,7 @@ class Recipe:
     @property
     def passes(self) -> tuple[str, str] | None:
         """(method, function) where the cache's method, or one that it holds, takes a prefill of its own."""
-        return next(((m.name, m.passes) for m in _held(self.cache) if m.passes), None)
+        return next(((m.name, m.passes) for site in (self.cache, self.policy) for m in _held(site) if m.passes), None)
 
     def validate(self, cfg) -> None:
         """ValueError where a combination cannot work on a model of configuration `cfg`."""
@@ -111,6 +111,8 @@ class Recipe:
         raw = (self.policy is not None and self.policy.raw) or (self.reader is not None and self.reader.raw)
         if raw and self.cache is not None and (self.cache.rotates or self.cache.reads_rotated):
             raise ValueError(f"{self.cache.name} works on rotated keys, but they are stored unrotated here; use one or the other")
+        if raw and self.policy is not None and self.policy.reads_rotated:
+            raise ValueError(f"{self.policy.name} works on rotated keys, but they are stored unrotated here; use one or the other")
         if raw and any(m.positions == "repack" for _, m in self.layers):
             raise ValueError("keys stored unrotated are placed by order; a pruner that repacks positions would be undone")
         if raw and self.reader is not None and not self.reader.raw:
@@ -127,9 +129,9 @@ class Recipe:
             raise ValueError(
                 f"{self.policy.name} keeps one set for all heads, but {self.cache.name} leaves each head its own; use one or the other"
             )
-        if self.policy is not None and self.cache is not None and self.policy.capacity < self.cache.slots:
+        if self.policy is not None and self.cache is not None and self.policy.slots < self.cache.slots:
             raise ValueError(
-                f"the cache is compressed to {self.cache.slots} slots and then cut to the policy's {self.policy.capacity}; "
+                f"the cache is compressed to {self.cache.slots} slots and then cut to the policy's {self.policy.slots}; "
                 f"give {self.policy.name} at least {self.cache.slots}"
             )
 
@@ -150,9 +152,10 @@ class Recipe:
 
 
 def _held(method):
-    """A compressor and those that it holds."""
+    """A compressor and those that it, or a step policy, holds."""
     if isinstance(method, protocols.CacheCompressor):
         yield method
+    if isinstance(method, protocols.CacheCompressor | protocols.CachePolicy):
         for field in dataclasses.fields(method):  # type: ignore[arg-type]
             value = getattr(method, field.name)
             for inner in value if isinstance(value, tuple) else (value,):

@@ -76,7 +76,7 @@ def get(name: str) -> type:
 
 # --- methods from text ------------------------------------------------------------------------------------------------
 
-BASE = "snapkv"  # what a wrapper holds unless `base=` says otherwise
+BASE, STEP = "snapkv", "h2o"  # what a wrapper, and one of step policies, holds unless `base=` says otherwise
 
 
 def build(spec: str, capacity: int) -> Any:
@@ -139,7 +139,7 @@ def _make(spec: str, name: str, options: list[tuple[str, str]], capacity: int) -
     if guard in given:
         given[guard] = Protect(**given[guard])
     if "base" in fields:
-        inner = given.get("base", BASE)
+        inner = given.get("base", BASE if issubclass(get(BASE), fields["base"]) else STEP)
         given["base"], left = _make(spec, inner, left, capacity)
         if not isinstance(given["base"], fields["base"]):
             raise ValueError(f"{spec!r}: {name} needs a {fields['base'].__name__} as its base, which {inner} is not")

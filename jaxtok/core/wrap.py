@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from jaxtok.core.protocols import CacheCompressor, CacheScorer
+from jaxtok.core.protocols import CacheCompressor, CachePolicy, CacheScorer
 from jaxtok.core.types import KV, Evidence, Frozen, Needs, Plan
 
 
@@ -71,3 +71,56 @@ class Wrapper(CacheCompressor):
 
     def freeze(self, params, kv: KV, evidence: Evidence) -> tuple[KV, Frozen | None]:
         return self.base.freeze(params, kv, evidence)
+
+
+class StepWrapper(CachePolicy):
+    """A step policy around `base`, another one, which answers for everything about itself that a subclass does not say."""
+
+    base: CachePolicy
+
+    def check_base(self) -> None:
+        """TypeError for a base that is no step policy; call it first in __post_init__."""
+        if not isinstance(self.base, CachePolicy):
+            raise TypeError(f"{self.name} needs a CachePolicy as its base, got {self.base!r}")
+
+    @property
+    def capacity(self) -> int:  # type: ignore[override]
+        return self.base.capacity
+
+    @property
+    def every(self) -> int:  # type: ignore[override]
+        return self.base.every
+
+    @property
+    def raw(self) -> bool:  # type: ignore[override]
+        return self.base.raw
+
+    @property
+    def reads_rotated(self) -> bool:  # type: ignore[override]
+        return self.base.reads_rotated
+
+    @property
+    def aligned(self) -> bool:  # type: ignore[override]
+        return self.base.aligned
+
+    @property
+    def groups(self) -> int:  # type: ignore[override]
+        return self.base.groups
+
+    @property
+    def needs(self) -> Needs:
+        return self.base.needs
+
+    @property
+    def step_needs(self) -> Needs:
+        return self.base.step_needs
+
+    def init_params(self, key: jax.Array, cfg) -> Any:
+        return self.base.init_params(key, cfg)
+
+    def layer(self, i: int, layers: int) -> CachePolicy:
+        return dataclasses.replace(self, base=self.base.layer(i, layers))  # type: ignore[type-var]
+
+    def head_group(self, j: int) -> CachePolicy | None:
+        base = self.base.head_group(j)
+        return None if base is None else dataclasses.replace(self, base=base)  # type: ignore[type-var]

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxtok.core.protocols import Held, vacate
+from jaxtok.core.protocols import CachePolicy, Held
 from jaxtok.core.reader import Sight
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, grow_kv, move, reduce_kv, representative
 from jaxtok.core.rotary import rotate_by, turn
 from jaxtok.core.score import moments
 from jaxtok.core.types import KV, Evidence, Frozen, Needs, Part, Tokens
+from jaxtok.core.vacate import vacate
 from jaxtok.models import blocks
 from jaxtok.models.config import Config
 from jaxtok.ops.attention import attention, merge
@@ -267,10 +268,9 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
         if frozen is None:
             kv, frozen = cache.freeze(learned.get("cache", {}), kv, evidence)
     if policy is not None:
-        plan = policy.fit(own, state, kv, evidence, budget_of(keep, "policy", i, cfg, b))
-        kv, state = reduce_kv(plan, kv, policy.counts), policy.fitted(Held(_move_slots(plan, state.slots), state.rest))
-        slots = policy.capacity + policy.every
-        cursor = policy.capacity if policy.every == 1 else kv.pos.shape[-1]
+        kv, state = policy.refit(own, state, kv, evidence, budget_of(keep, "policy", i, cfg, b))
+        slots = policy.slots + policy.every
+        cursor = policy.capacity if policy.vacates else kv.pos.shape[-1]
     else:
         slots, cursor = kv.pos.shape[-1] + new, None
     if reader is not None:
@@ -345,19 +345,19 @@ def step_part(
         here = at_hand(i, freqs, key)
         seen: dict[str, Any] = observe(looks, turned, keys, lse, see, layer=i, key=here["key"])
         if slots is not None:
-            seen = {name: scatter(x, slots, kv.pos.shape[-1]) for name, x in seen.items()}
+            seen = {name: x if name == "turned" else scatter(x, slots, kv.pos.shape[-1]) for name, x in seen.items()}
         evidence = Evidence(**seen, **here)
         state = policy.observe(own, state, kv, evidence)
         budget = budget_of(keep, "policy", i, cfg, kv.seen.shape[0])
         if not evict:
             pass
-        elif policy.every == 1:
-            kv, state, victim = vacate(policy, own, state, kv, budget)
+        elif policy.vacates:
+            kv, state, victim = vacate(policy, own, state, kv, budget, evidence)
             if reader is not None:
                 for slot in (victim, jnp.broadcast_to(at, victim.shape)):
                     reading = reader.update(learned.get("reader", {}), reading, kv, slot)
         else:
-            kv, state, reading = _refit(cfg, policy, own, reader, learned.get("reader", {}), i, kv, state, reading, evidence, budget)
+            kv, state, reading = _refit(cfg, policy, own, reader, learned.get("reader", {}), i, kv, state, reading, evidence, budget, impl)
     if frozen is not None:
         out, _ = merge(out, lse, *_attend_frozen(cfg, frozen, turned, see, impl))
     return out, Part(kv, state, reading, frozen), carry
@@ -382,14 +382,29 @@ def finish(params, layers: list[tuple[Part, ...]], carry, recipe: Recipe) -> tup
     return tuple((parts[0]._replace(reader=state), *parts[1:]) for parts, state in zip(layers, states, strict=True))
 
 
-def _refit(cfg, policy, own, reader, reader_params, i, kv, state, reading, evidence, budget):
-    """Every `policy.every` appends: one plan for the whole cache."""
+def _refit(cfg, policy: CachePolicy, own, reader, reader_params, i, kv, state, reading, evidence, budget, impl):
+    """Every `policy.every` appends: the whole cache is brought down to its slots."""
     slots = kv.k.shape[2]
 
     def fit(kv, state, reading):
-        plan = policy.fit(own, state, kv, evidence, budget)
-        kv, moved = reduce_kv(plan, kv, policy.counts), policy.fitted(Held(_move_slots(plan, state.slots), state.rest))
-        moved, kv = Held(_pad_slots(moved.slots, slots - kv.pos.shape[-1]), moved.rest), grow_kv(kv, slots)
+        seen = _recalled(cfg, i, kv, evidence, policy.recall(own, state), impl)
+        kv, state = policy.refit(own, state, kv, seen, budget)
+        moved = Held(_pad_slots(state.slots, slots - kv.pos.shape[-1]), state.rest)
+        kv = grow_kv(kv, slots)
         return kv, moved, reading if reader is None else reader.start(reader_params, i, kv, cfg.heads)
 
-    return jax.lax.cond(kv.cursor >= policy.capacity + policy.every, fit, lambda *same: same, kv, state, reading)
+    return jax.lax.cond(kv.cursor >= policy.slots + policy.every, fit, lambda *same: same, kv, state, reading)
+
+
+def _recalled(cfg: Config, i: int, kv: KV, evidence: Evidence, found, impl: str) -> Evidence:
+    """The evidence with what past queries make of the cache as it is now."""
+    if found is None:
+        return evidence
+    needs, q, pos = found
+    see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
+    lse = attention(q, kv.k, kv.v, impl=impl, **see)[1] if needs.rows or needs.received or needs.peak else None
+    seen = observe(needs, q, kv.k, lse, see)
+    if needs.queries is not None:
+        before = rotate_by(q, -(pos + kv.delta[:, None]), evidence.freqs)  # type: ignore[arg-type]
+        seen["queries"] = moments(before, (pos >= 0) & (pos >= needs.queries))
+    return evidence._replace(**seen)

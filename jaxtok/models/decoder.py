@@ -69,8 +69,9 @@ def empty(cfg: Config, params, b: int, slots: int, recipe: Recipe = PLAIN) -> La
             lost=zeros(b, g),
         )
         nothing = jnp.zeros((b, cfg.heads, slots), jnp.float32)
+        turned = jnp.zeros((b, cfg.heads, recipe.policy.needs.turned if recipe.policy else 0, cfg.head_dim), dtype)
         rest = cached.at_hand(i, jnp.asarray(blocks.frequencies(cfg, i)), None)
-        seen = Evidence(received=nothing, perturbed=nothing, rows=nothing[:, :, None], **rest)
+        seen = Evidence(received=nothing, perturbed=nothing, rows=nothing[:, :, None], peak=nothing, turned=turned, **rest)
         learned = params.get("methods", {})
         state = recipe.policy.layer(i, cfg.layers).start(learned.get("policy", {}), kv, seen) if recipe.policy else Held()
         reading = recipe.reader.start(learned.get("reader", {}), i, kv, cfg.heads) if recipe.reader else ()

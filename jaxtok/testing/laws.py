@@ -140,7 +140,8 @@ def positions_are_sound(make):
             assert np.isfinite(kv.bias).all()
     if method.site == "policy":
         most = max((kv.pos >= 0).sum(-1).max() for kv in out["final"])
-        assert most <= method.capacity, f"{most} live slots after {T} steps, capacity {method.capacity}"
+        room = method.capacity + method.every - 1
+        assert most <= room, f"{most} live slots after {T} steps, capacity {method.capacity}, {method.every - 1} spare"
 
 
 def bf16(make):

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.reduce import reduce_kv
 from jaxtok.core.types import KV, Needs, Noise, Part, Tokens
 from jaxtok.models import blocks, cached, decoder
 from jaxtok.models.config import Config
@@ -163,8 +162,7 @@ def call(method, kv, evidence, keep: Any = CAP):
     method = method.layer(0, CFG.layers)
     if method.site == "policy":
         state = method.start(own, kv, evidence)
-        plan = method.fit(own, state, kv, evidence, keep)
-        kv = reduce_kv(plan, kv)
+        kv, _ = method.refit(own, state, kv, evidence, keep)
     else:
         kv, evidence = method.compress(own, kv, evidence, keep)
         kv, frozen = method.freeze(own, kv, evidence)

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jaxtok.core import budget, check, compose, plugins, protocols, reader, recipe, reduce, registry, rotary, score, segments, select, types
+from jaxtok.core import vacate as steps
 from jaxtok.core.types import Needs, Protect
 from jaxtok.methods import H2O
 from jaxtok.models.config import Config
@@ -282,8 +283,8 @@ def _(s):
     return Case(protocols.top_slots, arrays, {"capacity": s.m})
 
 
-@case("core.protocols.vacate")
+@case("core.vacate.vacate")
 def _(s):
     policy = H2O(capacity=s.m)
-    fn = lambda kv, slots, keep: protocols.vacate(policy, {}, protocols.Held(slots), kv, keep)
+    fn = lambda kv, slots, keep: steps.vacate(policy, {}, protocols.Held(slots), kv, keep)
     return Case(fn, lambda v: {"kv": v.kv(s.m + 1, packed=False), "slots": v.floats(s.b, s.g, s.m + 1), "keep": v.keep(s.b, s.g)})

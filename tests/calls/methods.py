@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from jaxtok.core import protocols, reduce, registry
+from jaxtok.core import reduce, registry, vacate
 from jaxtok.core.reader import Sight
 from jaxtok.core.types import Protect
 from jaxtok.ops import cache
@@ -63,6 +63,20 @@ def fit(make):
     return build
 
 
+def refit(make):
+    def build(s):
+        method = made(s, make)
+
+        def fn(kv, evidence, keep):
+            own = learned(method, s)
+            kv = kv._replace(cursor=jnp.full((), kv.pos.shape[-1], jnp.int32))
+            return method.refit(own, method.start(own, kv, evidence), kv, evidence, keep)
+
+        return Case(fn, lambda v: {"kv": v.kv(), "evidence": v.evidence(), "keep": v.keep(s.b, 1)})
+
+    return build
+
+
 def step(make):
     def build(s):
         method = made(s, make)
@@ -76,7 +90,7 @@ def step(make):
             state = method.observe(own, state, kv, evidence)
             if method.every > 1:
                 return reduce.reduce_kv(method.fit(own, state, kv, evidence, keep), kv, method.counts), state
-            return protocols.vacate(method, own, state, kv, keep)
+            return vacate.vacate(method, own, state, kv, keep)
 
         def arrays(v):
             kv = v.kv(slots, packed=False)
@@ -166,5 +180,7 @@ for _name in registry.names():
     PLAIN[f"build {_name}"] = constructor(registry.get(_name))
     for _label, _make in small(_name).items():
         for _what, _use in USES.get(registry.get(_name).site, {}).items():
+            if _what == "step" and not _make(99).vacates:
+                _what, _use = "refit", refit
             case(f"method {_label} {_what}")(_use(_make))
             METHODS.add(_name)

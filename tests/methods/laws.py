@@ -17,4 +17,4 @@ def makers(name: str):
         raise AssertionError(f"{found[0].name} must define small(capacity): the method at a size for the laws")
     if not isinstance(module.small, dict):
         return {name: module.small}
-    return {label: make for label, make in module.small.items() if stem == name or label.split(":")[0] == name}
+    return {x: make for x, make in module.small.items() if x.split(":")[0] == name or (stem == name and "." not in x)}

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtok.core.protocols import vacate
 from jaxtok.core.reader import Sight
-from jaxtok.core.reduce import gather, grow_kv, reduce_kv
+from jaxtok.core.reduce import grow_kv
 from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV, Evidence, Noise
+from jaxtok.core.vacate import vacate
 from jaxtok.ops.attention import attention
 from jaxtok.ops.cache import place
 from jaxtok.ops.evidence import perturbed, received, rows
@@ -193,10 +193,10 @@ def fit(policy, kv: KV, evidence: Evidence, keep=None):
 def _start(policy):
     def start(kv, evidence, keep):
         state = policy.start({}, kv, evidence)
-        plan = policy.fit({}, state, kv, evidence, keep)
-        kv = grow_kv(reduce_kv(plan, kv), policy.capacity + 1)
-        move = lambda x: jnp.pad(gather(x, plan.index), ((0, 0), (0, 0), (0, policy.capacity + 1 - plan.index.shape[-1])))
-        return kv._replace(cursor=jnp.full((), policy.capacity, jnp.int32)), type(state)(jax.tree.map(move, state.slots), state.rest)
+        kv, state = policy.refit({}, state, kv, evidence, keep)
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, policy.capacity + 1 - x.shape[-1])))
+        kv = grow_kv(kv, policy.capacity + 1)
+        return kv._replace(cursor=jnp.full((), policy.capacity, jnp.int32)), type(state)(jax.tree.map(pad, state.slots), state.rest)
 
     return jax.jit(start)
 
@@ -218,8 +218,8 @@ def _step(policy):
             q, keys = place(q, kv, kv.cursor, freqs(q.shape[-1]))
         out, lse = attention(q, keys, kv.v, **see)
         row = rows(q, keys, lse, **see)
-        state = policy.observe({}, state, kv, Evidence(rows=row, received=row[:, :, 0]))
-        kv, state, _ = vacate(policy, {}, state, kv, keep)
+        seen = Evidence(rows=row, received=row[:, :, 0])
+        kv, state, _ = vacate(policy, {}, policy.observe({}, state, kv, seen), kv, keep, seen)
         return kv, state, out, row
 
     return jax.jit(step)
