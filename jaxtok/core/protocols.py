@@ -179,6 +179,10 @@ class CachePolicy(Method):
         protect, score = self.victim(params, state, kv, budget.per_head(keep, kv.pos.shape[:2], self.capacity))
         return top_slots(kv, score, protect, self.capacity, keep)
 
+    def fold(self, params, state: Held, kv: KV, slot: Int[Array, "b g"]) -> tuple[KV, Held]:
+        """Before what is in `slot` goes (-1 = nothing does): a place to keep something of it in other slots."""
+        return kv, state
+
     def victim(self, params, state: Held, kv: KV, keep: Int[Array, "b g"]) -> tuple[Bool[Array, "b g s"], Float[Array, "b g s"]]:
         """Slots that must stay, and scores: the lowest other one goes. `keep` is the budget of live slots in force."""
         raise NotImplementedError(f"{type(self).__name__} must score")
@@ -202,6 +206,8 @@ def vacate(policy: CachePolicy, params, state: Held, kv: KV, keep=None) -> tuple
     rank = jnp.where(slot > at, jnp.inf, rank)
     # a spare slot that holds a dead row (a finished sequence) goes back to itself
     victim = jnp.where(jnp.take(kv.pos, at, axis=2) < 0, at, jnp.argmin(rank, -1).astype(jnp.int32))
+    gone = jnp.take_along_axis(kv.pos, victim[..., None], 2)[..., 0] >= 0
+    kv, state = policy.fold(params, state, kv, jnp.where(gone, victim, -1))
 
     def put(x, empty):
         new = jnp.take(x, at, axis=2)

@@ -1,0 +1,3 @@
+from jaxtok.methods import DuoAttention
+
+small = {"duo_attention": lambda capacity: DuoAttention(capacity=capacity, sinks=2)}

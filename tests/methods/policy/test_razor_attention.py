@@ -1,0 +1,3 @@
+from jaxtok.methods import RazorAttention
+
+small = {"razor_attention": lambda capacity: RazorAttention(capacity=capacity, sinks=1)}
