@@ -30,7 +30,7 @@ def save_gates(path: str | pathlib.Path, gates: Float[np.ndarray, "l g"]) -> Non
 
 
 def full_heads(
-    gates: Float[np.ndarray, "l g"], *, sparsity: float | None = None, threshold: float | None = None
+    gates: Float[np.ndarray, "l g"], *, sparsity: float | int | None = None, threshold: float | int | None = None
 ) -> Bool[np.ndarray, "l g"]:
     """The heads that keep everything: gates of at least `threshold`, or of at least the `sparsity` quantile of all gates.
 
