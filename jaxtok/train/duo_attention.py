@@ -99,20 +99,26 @@ def make_loss(cfg: Config, *, sinks: int = 128, recent: int = 256, weight: float
     return loss_fn
 
 
-def optimizer(steps: int, lr: float | int = 0.02) -> optax.GradientTransformation:
-    """AdamW without decay; the rate climbs from a tenth during the first fifth and falls back to a tenth in the last; gates stay in 0 to 1."""
+def rate(steps: int, lr: float | int = 0.02) -> Callable:
+    """The learning rate of 0-based `step`: from a tenth of lr up to it in the first fifth of `steps`, and back to a tenth in the last."""
     check.count("steps", steps, 1)
     fifth = max(steps // 5, 1)
 
-    def rate(step):
-        at = jnp.asarray(step, jnp.float32)
-        return lr * jnp.minimum(1.0, jnp.minimum(jnp.maximum((at + 1) / fifth, 0.1), jnp.maximum((steps - at) / fifth, 0.1)))
+    def at(step):
+        step = jnp.asarray(step, jnp.float32)
+        return lr * jnp.minimum(1.0, jnp.minimum(jnp.maximum((step + 1) / fifth, 0.1), jnp.maximum((steps - step) / fifth, 0.1)))
+
+    return at
+
+
+def optimizer(steps: int, lr: float | int = 0.02) -> optax.GradientTransformation:
+    """AdamW without decay at `rate`; what is trained stays in 0 to 1 (the official code clips before each pass, the same gates)."""
 
     def inside(updates, state, params):
         return jax.tree.map(lambda u, p: jnp.clip(p + u, 0.0, 1.0) - p, updates, params), state
 
     clip = optax.GradientTransformation(lambda params: optax.EmptyState(), inside)  # type: ignore[arg-type]
-    return optax.chain(optax.adamw(rate, weight_decay=0.0), clip)
+    return optax.chain(optax.adamw(rate(steps, lr), weight_decay=0.0), clip)
 
 
 def learn(

@@ -6,7 +6,23 @@ import jax
 import numpy as np
 from hypothesis import strategies as st
 
-from jaxtok.core import budget, check, compose, heads, plugins, protocols, reader, recipe, reduce, registry, rotary, score, segments, select, types
+from jaxtok.core import (
+    budget,
+    check,
+    compose,
+    heads,
+    plugins,
+    protocols,
+    reader,
+    recipe,
+    reduce,
+    registry,
+    rotary,
+    score,
+    segments,
+    select,
+    types,
+)
 from jaxtok.core.types import Needs, Protect
 from jaxtok.methods import H2O
 from jaxtok.models.config import Config
@@ -47,7 +63,7 @@ def table(draw, dtypes):
 
 plain("core.heads.split")(lambda draw: (heads.split, (usually(draw, st.just(table(draw, (bool, bool, float)))),), {}))
 plain("core.heads.best")(lambda draw: (heads.best, (usually(draw, st.just(table(draw, (float,)))), usually(draw, INTS)), {}))
-plain("core.heads.allot")(lambda draw: (heads.allot, tuple(usually(draw, INTS) for _ in range(3)) + (usually(draw, REALS),), {}))
+plain("core.heads.allot")(lambda draw: (heads.allot, (*(usually(draw, INTS) for _ in range(3)), usually(draw, REALS)), {}))
 
 
 @plain("core.budget.pyramid")

@@ -26,7 +26,11 @@ class Rest(NamedTuple):
 
 
 def full_heads(
-    echo: Float[np.ndarray, "l g"], induction: Float[np.ndarray, "l g"], *, echo_ratio: float | int = ECHO, induction_ratio: float | int = INDUCTION
+    echo: Float[np.ndarray, "l g"],
+    induction: Float[np.ndarray, "l g"],
+    *,
+    echo_ratio: float | int = ECHO,
+    induction_ratio: float | int = INDUCTION,
 ) -> Bool[np.ndarray, "l g"]:
     """The retrieval heads: the best `induction_ratio` by induction score and the best `echo_ratio` by echo score, of all heads of all layers.
 
