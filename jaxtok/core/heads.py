@@ -47,13 +47,14 @@ def _table(name: str, x) -> np.ndarray:
 
 
 def allot(capacity: int, n: int, heads: int, most: float | int) -> int:
-    """How many of `heads` may keep n slots where the average head has `capacity`: three quarters of all slots at most, and `most` of the heads."""
+    """How many of `heads` may keep n slots where the average head has `capacity`: the share `most` of them (rounded half up), while that takes
+    three quarters of all slots at most or the capacity covers n.
+    """
     for name, value in (("capacity", capacity), ("n", n), ("heads", heads)):
         check.count(name, value, 1)
     check.between("most", most, 0, 1)
-    if capacity >= n:
-        return int(Fraction(str(most)) * heads)
-    return min(3 * int(capacity) * int(heads) // (4 * int(n)), int(Fraction(str(most)) * heads + Fraction(1, 2)))
+    whole = int(Fraction(str(most)) * int(heads) + Fraction(1, 2))
+    return whole if capacity >= n else min(3 * int(capacity) * int(heads) // (4 * int(n)), whole)
 
 
 class Streaming(CachePolicy):

@@ -54,12 +54,12 @@ def test_equals_the_rows_of_attention(cfg):
 
 def test_a_head_that_echoes_is_found():
     """Layer 0 has one head whose queries are its keys: every token looks for itself, whatever the distance."""
-    cfg = dataclasses.replace(CFG, rope_theta=1e12, rotary_dim=2)
-    params = world()[0]
-    first = params["layers"][0]
-    same = np.tile(np.asarray(first["k"][:, 8:16]) * 4, (1, 1))
-    q = first["q"].at[:, 24:32].set(same)  # query head 3 reads KV head 1
-    params = params | {"layers": (first | {"q": q}, params["layers"][1])}
+    cfg = dataclasses.replace(CFG, rope_theta=1e12, rotary_dim=2, qk_norm=True)
+    params, gain = world()[0], {name: jnp.full((8,), 3.0) for name in ("q_norm", "k_norm")}
+    first, second = (p | gain for p in params["layers"])
+    k = first["k"].at[:, 8:10].set(0)  # the only channels that turn
+    same = first["q"].at[:, 24:32].set(k[:, 8:16])  # query head 3 reads KV head 1
+    params = params | {"layers": (first | {"q": same, "k": k}, second)}
     found = razor_attention.search(cfg, params, period=8, repeats=3)
     assert found.echo.argmax() == 1 and found.echo[0, 1] > 2 * np.delete(found.echo.ravel(), 1).max()
     full = full_heads(found.echo, found.induction, echo_ratio=0.25, induction_ratio=0.25)
