@@ -110,7 +110,8 @@ class RazorAttention(heads.Streaming):
 
         def mean(x, left):
             new = one(x, heir).astype(jnp.float32)
-            exact = new + share * (one(x, gone).astype(jnp.float32) + jnp.where(known, left, 0.0) - new)
+            old = one(x, gone).astype(jnp.float32) + jnp.where(known, left, 0.0)
+            exact = share * old + (1.0 - share) * new
             stored = jnp.where(found[..., None], exact, new).astype(x.dtype)
             return put(x, stored), jnp.where(found[..., None], exact - stored.astype(jnp.float32), left)
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,20 @@ from tests.methods import toys
 
 small = {"razor_attention": lambda capacity: RazorAttention(capacity=capacity, sinks=1)}
 NOTHING = Evidence()
+
+
+@functools.cache
+def _fitted(policy):
+    def fit(kv, keep):
+        state = policy.start({}, kv, NOTHING)
+        return state, reduce_kv(policy.fit({}, state, kv, NOTHING, keep), kv)
+
+    return jax.jit(fit)
+
+
+def fitted(policy, kv, keep=None):
+    """(state, cache) after a prefill."""
+    return _fitted(policy)(kv, None if keep is None else jnp.asarray(keep, jnp.int32))
 
 
 def attend(q, k, v, kv=None, weight=None):
@@ -55,23 +71,23 @@ def test_by_hand():
     """Sink 0, window of 2, so of 0 1 2 3 4 5 the mean of 1 2 3 stays at position 3 with weight 3; the next step takes 4 in."""
     x = np.arange(6.0)[None, None, :, None] * np.array([1.0, -1.0])
     policy = RazorAttention(capacity=4, sinks=1)
-    state, plan = toys.fit(policy, toys.cache(x, 2 * x), NOTHING)
-    out = reduce_kv(plan, toys.cache(x, 2 * x))
+    state, out = fitted(policy, toys.cache(x, 2 * x))
     np.testing.assert_array_equal(out.pos[0, 0], [0, 3, 4, 5])
     np.testing.assert_allclose(out.k[0, 0, :, 0], [0, 2, 4, 5])
     np.testing.assert_allclose(out.v[0, 0, :, 1], [0, -4, -8, -10])
     np.testing.assert_allclose(out.bias[0, 0], [0, np.log(3), 0, 0], rtol=1e-6)
-    kv, state = policy.fold({}, state, out, jnp.asarray([[1]], jnp.int32))
+    fold = jax.jit(lambda state, kv, slot: policy.fold({}, state, kv, slot))
+    kv, state = fold(state, out, jnp.asarray([[1]], jnp.int32))
     np.testing.assert_allclose(kv.k[0, 0, :, 0], [0, 2, 2.5, 5])  # 2 + (4 - 2) / 4, in the slot of 4, which now is the mean
     np.testing.assert_allclose(kv.bias[0, 0, 2], np.log(4), rtol=1e-6)
     assert kv.pos.tolist() == out.pos.tolist() and state.rest.pos.tolist() == [[4]]
-    same, _ = policy.fold({}, state, out, jnp.asarray([[-1]], jnp.int32))
+    same, _ = fold(state, out, jnp.asarray([[-1]], jnp.int32))
     jax.tree.map(np.testing.assert_array_equal, same, out)
 
 
-@pytest.mark.parametrize("prefill, capacity, sinks", [(14, 7, 2), (4, 6, 1), (9, 2, 0)])
+@pytest.mark.parametrize("prefill, capacity, sinks", [(4, 7, 2), (14, 2, 0)])
 def test_equals_numpy(prefill, capacity, sinks):
-    """Sets, N_d, the mean and outputs of every step; a prompt over and one under the capacity; a window of one token and no sinks."""
+    """Sets, N_d, the mean and outputs of every step; a prompt under the capacity, and one over a window of a single token without sinks."""
     rng = np.random.default_rng(1)
     q, k, v = (rng.normal(size=(1, e, 30, 8)).astype(np.float32) * 1.5 for e in (4, 2, 2))
     want = reference(q[0], k[0], v[0], prefill, capacity, sinks)
@@ -101,8 +117,7 @@ def test_checks_of_a_policy():
 def compressed(q, k, v, capacity, sinks=2):
     """(the last query's output over the compressed cache, mass and count of its compensation token, the true mass), one head each."""
     kv = toys.cache(k, v)
-    _, plan = toys.fit(RazorAttention(capacity=capacity, sinks=sinks), kv, NOTHING)
-    out = jax.tree.map(np.asarray, reduce_kv(plan, kv))
+    out = jax.tree.map(np.asarray, fitted(RazorAttention(capacity=capacity, sinks=sinks), kv)[1])
     weight = np.exp(out.bias[0].astype(np.float64))
     got = attend(q[0, :, -1], out.k[0], out.v[0], weight=weight)
     gone = [j for j in range(k.shape[2]) if j not in set(out.pos[0, 0].tolist())] + [int(out.pos[0, 0, sinks])]
@@ -112,12 +127,12 @@ def compressed(q, k, v, capacity, sinks=2):
 
 def test_equal_dropped_keys_are_exact():
     rng = np.random.default_rng(2)
-    q, k, v = (rng.normal(size=(1, 1, 40, 8)).astype(np.float32) for _ in range(3))
-    k[:, :, 2:33] = k[:, :, 2:3]  # what goes into the mean
+    q, k, v = (rng.normal(size=(1, 1, 64, 16)).astype(np.float32) for _ in range(3))
+    k[:, :, 2:57] = k[:, :, 2:3]  # what goes into the mean
     got, mass, count, true = compressed(q, k, v, 10)
     np.testing.assert_allclose(got, attend(q[0, :, -1], k[0], v[0]), atol=1e-6)
     np.testing.assert_allclose(mass, true, rtol=1e-5)
-    assert round(count) == 31
+    assert round(count) == 55
 
 
 def test_mass_is_never_overestimated():
@@ -131,18 +146,15 @@ def test_mass_is_never_overestimated():
 
 def test_nothing_dropped_is_a_streaming_head_and_one_dropped_is_itself():
     rng = np.random.default_rng(4)
-    x = rng.normal(size=(1, 2, 8, 4)).astype(np.float32)
-    for n in (5, 8):  # one token too many for sinks + window, but not for the slot of the mean
-        kv = toys.cache(x[:, :, :n], x[:, :, :n])
-        _, plan = toys.fit(RazorAttention(capacity=8, sinks=3), kv, NOTHING)
-        out = reduce_kv(plan, kv)
-        jax.tree.map(np.testing.assert_array_equal, (out.k[:, :, -n:], out.pos[:, :, -n:]), (kv.k, kv.pos))
-        assert not out.bias.any() and not out.lost.any()
+    x = rng.normal(size=(2, 2, 9, 4)).astype(np.float32)
+    kv = toys.cache(x, x, [5, 8])  # 8: one token too many for sinks + window, but not for the slot of the mean
+    _, out = fitted(RazorAttention(capacity=8, sinks=3), kv, [[8], [8]])
+    for row, n in enumerate((5, 8)):
+        jax.tree.map(np.testing.assert_array_equal, (out.k[row, :, -n:], out.pos[row, :, -n:]), (kv.k[row, :, -n:], kv.pos[row, :, -n:]))
+    assert not out.bias.any() and not out.lost.any()
     # where the budget holds the sinks only, there is nobody to take the rest in
-    kv = toys.cache(x, x)
-    _, plan = toys.fit(RazorAttention(capacity=8, sinks=3), kv, NOTHING, [[3]])
-    out = reduce_kv(plan, kv)
-    assert [head - {-1} for head in toys.kept(out)[0]] == [{0, 1, 2}] * 2 and not out.bias.any()
+    _, out = fitted(RazorAttention(capacity=8, sinks=3), kv, [[3], [3]])
+    assert toys.kept(out) == [[{0, 1, 2}] * 2] * 2 and not out.bias.any()
 
 
 def test_the_mean_of_a_bf16_cache_goes_on_moving():
