@@ -56,7 +56,7 @@ class Generate(Common):
         from jaxtok.core.registry import parse_budget
         from jaxtok.core.types import live_count
         from jaxtok.decode import Sampler, generate, reread
-        from jaxtok.evals import cases, measure
+        from jaxtok.evals import cases, heads, measure
         from jaxtok.models import text
 
         sampler = Sampler(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
@@ -70,21 +70,22 @@ class Generate(Common):
             raise ValueError("the prompt is empty and the model has no token that begins a text; give a prompt")
         ids, live = map(jnp.asarray, text.pad(encoded, bucket=cases.BUCKET))
         capacity, found = cases.slots(size, ids.shape[1]), []
-        recipes = [measure.recipe_of(spec, capacity) for spec in self.methods]
-        for recipe in recipes:
-            recipe.validate(cfg)
+        for spec in self.methods:
+            heads.validate(spec, capacity, cfg, measure.recipe_of)
+        splits = heads.Splits(cfg, params, tokenizer)
 
         def run(recipe, params, ids, live, key):
             keep, after = measure.keeps(recipe, cases.keep(size, live), capacity)
             ask = reread.request(tokenizer.encode)
             tokens, layers = reread.prefill(cfg, params, ids, live, recipe, new=self.new, ask=ask, keep=keep, key=key)
             out = generate(cfg, params, tokens, layers, recipe, new=self.new, sampler=sampler, key=key, keep=after)
-            live_slots = [jnp.mean(live_count(part.pos).astype(jnp.float32)) for parts in layers for part in parts]
-            return out.ids, out.count, sum(live_slots) / len(live_slots)
+            return out.ids, out.count, jnp.mean(heads.average(layers, lambda part: live_count(part.pos)))
 
-        for spec, recipe in zip(self.methods, recipes, strict=True):
+        for spec in self.methods:
+            apart = heads.told_apart(spec)
+            recipe, full = splits.at(spec, capacity, ids.shape[1]) if apart else (measure.recipe_of(spec, capacity), params)
             own = recipe.init_params(jax.random.key(self.seed), cfg)
-            full = params | {"methods": own} if jax.tree.leaves(own) else params
+            full = full | {"methods": own} if jax.tree.leaves(own) else full
             said, count, kept = jax.jit(run, static_argnums=0)(recipe, full, ids, live, jax.random.key(self.seed))
             for i, (prompt, row) in enumerate(zip(prompts, np.asarray(said), strict=True)):
                 row = [int(t) for t in row[: int(count[i])] if int(t) not in cfg.eos]

@@ -211,9 +211,9 @@ class CachePolicy(Method):
         """Slots that must stay, and scores: the lowest other one goes. `keep` is the budget of live slots in force."""
         raise NotImplementedError(f"{type(self).__name__} must score")
 
-    def depart(self, params, state: Held, kv: KV, slot: Int[Array, "b g"], evidence: Evidence) -> KV:
-        """The cache before the victim in `slot` goes (-1 = none does): what it leaves to the others (CaM)."""
-        return kv
+    def depart(self, params, state: Held, kv: KV, slot: Int[Array, "b g"], evidence: Evidence) -> tuple[KV, Held]:
+        """Before what is in `slot` goes (-1 = nothing does): a place to keep something of it in other slots."""
+        return kv, state
 
 
 class Sparsifier(Method):

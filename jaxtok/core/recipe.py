@@ -144,7 +144,9 @@ class Recipe:
         groups = len(self.heads[0]) if self.heads else 1
         for method in (self.cache, self.policy):
             if method is not None and method.groups not in (1, groups):
-                raise ValueError(f"{method.name} tells {method.groups} head groups apart; Recipe.heads says {groups} a layer")
+                raise ValueError(
+                    f"{method.name} tells {method.groups} head groups apart; Recipe.heads says {groups} a layer (jaxtok.core.heads.split)"
+                )
         if self.reader is not None and self.reader.attends and self.policy is not None:
             raise ValueError(f"{self.reader.name} attends by itself and knows slots by where they were written; use no policy beside it")
         if self.reader is not None and groups > 1:

@@ -30,7 +30,7 @@ def vacate(policy: CachePolicy, params, state: Held, kv: KV, keep=None, evidence
     # a spare slot that holds a dead row (a finished sequence) goes back to itself
     victim = jnp.where(jnp.take(kv.pos, at, axis=2) < 0, at, jnp.argmin(rank, -1).astype(jnp.int32))
     goes = full & jnp.take_along_axis(live, victim[..., None], 2)[..., 0] & (victim != at)
-    kv = policy.depart(params, state, kv, jnp.where(goes, victim, -1), evidence)
+    kv, state = policy.depart(params, state, kv, jnp.where(goes, victim, -1), evidence)
 
     def put(x, empty):
         new = jnp.take(x, at, axis=2)

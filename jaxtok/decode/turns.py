@@ -49,6 +49,10 @@ def begin(cfg: Config, params, recipe: Recipe = PLAIN, *, slots: int, new: int, 
         raise ValueError("pruning between layers takes a prefill of its own, which a conversation does not have")
     if recipe.passes:
         raise ValueError(f"{recipe.passes[0]} needs more than one pass over a prompt, which a conversation does not make")
+    if recipe.policy is not None and recipe.policy.groups > 1:
+        raise ValueError(
+            f"{recipe.policy.name} leaves some heads whole, whose caches would grow with every turn; use a method that bounds all"
+        )
     needs = recipe.prefill_needs
     if needs.keys or needs.hidden:
         return None

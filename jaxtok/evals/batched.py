@@ -192,7 +192,7 @@ def up(n: int) -> int:
 
 def _begin(cfg: Config, recipe: Recipe, again, room: int, params, rows: Rows, keep, after, key) -> tuple[Any, Any]:
     """(the row whose logits say what comes first, caches with `room` slots); `again`: options of a prefill that reads twice."""
-    new = room if rows.ask is None else 0
+    new = measure.ahead(recipe, rows, room)
     tokens, layers = reread.prefill(cfg, params, rows.ids, rows.live, recipe, new=new, ask=dict(again), keep=keep, key=key)
     if rows.ask is not None:
         tokens, layers = measure._ask(cfg, recipe.replace(cache=None), room, params, rows.ask, rows.ask_live, layers, after, key)

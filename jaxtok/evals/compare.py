@@ -6,7 +6,8 @@ The full model runs first; its greedy continuation of each case is what agreemen
     otherwise      the context is prefilled and compressed, then the question is appended to what is left
 
 One program serves all tasks, cases and lengths of a static shape; the methods of site "cache" share their decode programs too.
-A budget in percent is that share of each row's own live tokens, inside a capacity that is that share of the static length.
+A budget in percent is that share of each row's own live tokens, inside a capacity that is that share of the static length (of methods that
+leave some heads whole, that share of the static length on average, see `evals.heads`).
 """
 
 import concurrent.futures
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jaxtok.core import registry
-from jaxtok.evals import cases, perplexity, tasks
+from jaxtok.evals import cases, heads, perplexity, tasks
 from jaxtok.evals.measure import FULL, Work, recipe_of, site_of
 from jaxtok.models.config import Config
 from jaxtok.models.text import Tokenizer
@@ -81,23 +82,25 @@ class Result(NamedTuple):
 def fitted(specs: Iterable[str], cfg: Config, capacity: int, *, leave_out: bool) -> tuple[tuple[str, ...], list[str]]:
     """Specs made to work at `capacity` on this model, and notes on what was changed or (`leave_out`) left out.
 
-    Of a bare name, a window that has no room is made a power of two that leaves two thirds of the capacity free; the new spec says so.
+    Of a bare name, a window that has no room (or the sinks of a method that leaves some heads whole) is made a power of two that leaves two
+    thirds of the capacity free; the new spec says so.
     Specs with options stay as they are. ValueError for what does not work, unless it may be left out.
     """
     good, notes = [], []
-    window = 2 ** max(0, int(math.log2(max(1, capacity // 3))))
     for spec in specs:
         if ":" in spec:
             good.append(spec)
             continue
         try:
-            recipe_of(spec, capacity).validate(cfg)
+            heads.validate(spec, capacity, cfg, recipe_of)
             good.append(spec)
         except ValueError as e:
+            size = 2 ** max(0, int(math.log2(max(1, heads.room(spec, capacity) // 3))))
+            option = f"{'sinks' if heads.told_apart(spec) else 'window'}={size}"
             try:
-                recipe_of(f"{spec}:window={window}", capacity).validate(cfg)
-                good.append(f"{spec}:window={window}")
-                notes.append(f"{spec} has window={window}, so that it fits into {capacity} slots")
+                heads.validate(f"{spec}:{option}", capacity, cfg, recipe_of)
+                good.append(f"{spec}:{option}")
+                notes.append(f"{spec} has {option}, so that it fits into {capacity} slots")
             except ValueError:
                 if not leave_out:
                     raise e from None
@@ -131,7 +134,7 @@ def run(cfg: Config, params: Any, tokenizer: Tokenizer, options: Options, progre
     lengths = [g.context for g in groups] + ([windows.shape[1]] if windows is not None else [])
     for spec, budget in plan:
         for n in lengths:
-            recipe_of(spec, cases.slots(registry.parse_budget(budget), n)).validate(cfg)
+            heads.validate(spec, cases.slots(registry.parse_budget(budget), n), cfg, recipe_of)
     notes = [
         f"{spec} at {budget} keeps {cases.slots(registry.parse_budget(budget), n)} slots of a context of {n}"
         for spec, budget in plan
@@ -164,7 +167,7 @@ def run(cfg: Config, params: Any, tokenizer: Tokenizer, options: Options, progre
         for spec, budget in plan:
             rows.append(work.perplexity(windows, spec, budget, max(1, round(windows.shape[1] * options.skip))))
             tick(f"perplexity, {spec} at {budget}")
-    return Result([{**r, "query_aware": options.query_aware} for r in rows], kept, list(dict.fromkeys(notes)))
+    return Result([{**r, "query_aware": options.query_aware} for r in rows], kept, [*dict.fromkeys(notes), *work.splits.notes])
 
 
 class _Counter:

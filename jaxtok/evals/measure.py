@@ -15,7 +15,7 @@ from jaxtok.core import registry
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import live_count
 from jaxtok.decode import generate, replay, reread
-from jaxtok.evals import agreement, cases, perplexity, tasks
+from jaxtok.evals import agreement, cases, heads, perplexity, tasks
 from jaxtok.evals.cases import Group, Rows
 from jaxtok.evals.programs import Program, Programs, nbytes, timed
 from jaxtok.models import decoder
@@ -36,8 +36,13 @@ def site_of(spec: str) -> str:
 
 
 def recipe_of(spec: str, capacity: int) -> Recipe:
-    """The recipe that puts the method of `spec` at its site; full = the plain model."""
+    """The recipe that puts the method of `spec` at its site; full = the plain model. ValueError for a method that must be told which heads."""
     method = registry.build(spec, capacity)
+    if heads.told_apart(spec):
+        raise ValueError(
+            f"{method.name} leaves some heads whole and must be told which: `jaxtok compare` and `generate` look for them; "
+            "elsewhere give a Recipe with heads=, made by jaxtok.core.heads.split"
+        )
     return PLAIN if method.name == FULL else Recipe(**{method.site: method})
 
 
@@ -76,18 +81,23 @@ class Work:
 
     def __post_init__(self):
         self.key = jax.random.key(self.seed)
+        self.splits = heads.Splits(self.cfg, self.params, self.tokenizer)
 
-    def learned(self, recipe: Recipe) -> Any:
-        """The parameters, with those of the methods where they have any."""
+    def settled(self, spec: str, budget: str, n: int) -> tuple[Recipe, int, Any]:
+        """(recipe, slots, parameters with those of the methods where they have any) of a budget for contexts of n tokens."""
+        capacity, params = cases.slots(registry.parse_budget(budget), n), self.params
+        if heads.told_apart(spec):
+            recipe, params = self.splits.at(spec, capacity, n, f" at {budget}")
+        else:
+            recipe = recipe_of(spec, capacity)
         own = recipe.init_params(self.key, self.cfg)
-        return self.params | {"methods": own} if jax.tree.leaves(own) else self.params
+        return recipe, capacity, params | {"methods": own} if jax.tree.leaves(own) else params
 
     def programs_of(self, g: Group, spec: str, budget: str) -> Used:
         """What a method at a budget runs on the shapes of a group; compiled unless they are there already."""
         size = registry.parse_budget(budget)
-        capacity = cases.slots(size, g.context)
-        recipe = recipe_of(spec, capacity)
-        later, params = recipe.replace(cache=None), self.learned(recipe)
+        recipe, capacity, params = self.settled(spec, budget, g.context)
+        later = recipe.replace(cache=None)
         _, rows = cases.batches(g, self.batch)[0]
         keep, after = keeps(recipe, cases.keep(size, rows.live), capacity)
         fn = functools.partial(_prefill, self.cfg, recipe, g.new, reread.request(self.tokenizer.encode))
@@ -186,10 +196,9 @@ class Work:
     def perplexity(self, windows: np.ndarray, spec: str, budget: str, skip: int) -> dict[str, Any]:
         """The row of a method at a budget on running text: nll in nats a token and its exponential."""
         n = windows.shape[1]
-        capacity = cases.slots(registry.parse_budget(budget), n)
-        recipe = recipe_of(spec, capacity)
+        recipe, capacity, params = self.settled(spec, budget, n)
         nll, kept, lost, program = perplexity.measure(
-            self.cfg, self.learned(recipe), recipe, windows, skip=skip, batch=self.batch, key=self.key, programs=self.programs
+            self.cfg, params, recipe, windows, skip=skip, batch=self.batch, key=self.key, programs=self.programs
         )
         return {
             "method": spec,
@@ -210,7 +219,7 @@ class Work:
 def keeps(recipe: Recipe, share: jax.Array | None, capacity: int) -> tuple[dict[str, jax.Array] | None, dict[str, jax.Array] | None]:
     """Traced budgets of the prefill, and of the steps that follow."""
     site = "cache" if recipe.cache is not None else "policy" if recipe.policy is not None else None
-    if site is None or share is None:
+    if site is None or share is None or recipe.heads:  # of head groups each has slots of its own
         return None, None
     keep = {site: jnp.minimum(share, capacity)}
     return keep, keep if site == "policy" else None
@@ -273,8 +282,7 @@ def _map(spec: str, budget: str, case, where: np.ndarray, n: int) -> dict[str, A
 
 def _prefill(cfg: Config, recipe: Recipe, new: int, ask: Mapping[str, Any], params, rows: Rows, keep, key):
     """(tokens cut to the last row or None, caches, kept slots [b], share of layers and heads that kept each position [b n])."""
-    room = new if rows.ask is None else 0
-    tokens, layers = reread.prefill(cfg, params, rows.ids, rows.live, recipe, new=room, ask=ask, keep=keep, key=key)
+    tokens, layers = reread.prefill(cfg, params, rows.ids, rows.live, recipe, new=ahead(recipe, rows, new), ask=ask, keep=keep, key=key)
     pos = [part.pos for parts in layers for part in parts]
     heads = sum(p.shape[1] for p in pos)
     count = sum(jnp.sum(live_count(p), -1) for p in pos).astype(jnp.float32) / heads  # type: ignore[union-attr]
@@ -285,6 +293,11 @@ def _prefill(cfg: Config, recipe: Recipe, new: int, ask: Mapping[str, Any], para
         where = where.at[jnp.arange(b)[:, None], jnp.where((p < 0) | (p > n), n, p)].add(1.0)
     # where a question follows, nothing reads the rows after the last layer, and the compiler drops their MLP
     return _last(tokens) if rows.ask is None else None, layers, count, where[:, :n] / heads
+
+
+def ahead(recipe: Recipe, rows: Rows, new: int) -> int:
+    """Room that a prefill leaves behind the context: the question makes its own, but for heads that are left whole beside a step policy."""
+    return new if rows.ask is None else rows.ask.shape[1] + new if recipe.heads else 0
 
 
 def _ask(cfg: Config, recipe: Recipe, new: int, params, ids, live, layers, keep, key):
@@ -304,8 +317,7 @@ def _last(tokens):
 def _decode(cfg: Config, recipe: Recipe, new: int, params, tokens, layers, keep, key):
     """(ids i32 [b new], lost rows a layer and head f32 [b], caches)."""
     out = generate(cfg, params, tokens, layers, recipe, new=new, keep=keep, key=key)
-    lost = [jnp.mean(part.kv.lost.astype(jnp.float32), -1) for parts in out.layers for part in parts]
-    return out.ids, sum(lost) / len(lost), out.layers  # type: ignore[arg-type]
+    return out.ids, heads.average(out.layers, lambda part: part.kv.lost), out.layers
 
 
 def _compare(cfg: Config, recipe: Recipe, params, tokens, layers, keep, key, ids, live, logits):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import live_count
 from jaxtok.decode import reread
-from jaxtok.evals import tasks
+from jaxtok.evals import heads, tasks
 from jaxtok.evals.programs import Program, Programs
 from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
@@ -99,7 +99,5 @@ def nll(cfg: Config, recipe: Recipe, skip: int, params: Any, ids: Int[Array, "b 
 
     steps = jnp.arange(n - first, dtype=jnp.int32), ids[:, first:].T
     (_, layers), score = jax.lax.scan(one, (tokens.x[:, -1:], layers), steps)
-    parts = [part.kv for row in layers for part in row]
-    kept = sum(jnp.mean(live_count(kv.pos).astype(jnp.float32), -1) for kv in parts) / len(parts)
-    lost = sum(jnp.mean(kv.lost.astype(jnp.float32), -1) for kv in parts) / len(parts)
-    return jnp.mean(score[skip - first :], 0), kept, lost  # type: ignore[return-value]
+    kept = heads.average(layers, lambda part: live_count(part.kv.pos))
+    return jnp.mean(score[skip - first :], 0), kept, heads.average(layers, lambda part: part.kv.lost)

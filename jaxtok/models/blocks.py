@@ -189,6 +189,35 @@ def unstack(params: Params) -> Params:
     return params | {"layers": tuple({name: a[i] for name, a in layers.items()} for i in range(n))}
 
 
+def reorder_heads(cfg: Config, params: Params, order: Sequence[Sequence[int]]) -> Params:
+    """The same model with the KV heads of each layer, each with its query heads, in the order [l g] (a permutation for each layer).
+
+    Every output stays the same; the caches' head axis follows the order, so that the head groups of `Recipe.heads` can be any heads
+    (`core.heads.split` makes both). Nothing is undone later: do it once, after loading.
+    """
+    table = np.asarray(order)
+    right = np.arange(cfg.kv_heads)[None]
+    if table.shape != (cfg.layers, cfg.kv_heads) or not (np.sort(table, 1) == right).all():
+        raise ValueError(f"order must have for each of {cfg.layers} layers the numbers 0 to {cfg.kv_heads - 1} once, got {order!r}")
+    if (table == right).all():
+        return params
+    stacked = isinstance(params["layers"], dict)
+    layers = unstack(params)["layers"]
+    if len(layers) != cfg.layers:
+        raise ValueError(f"params have {len(layers)} layers, cfg says {cfg.layers}")
+    wide = cfg.heads // cfg.kv_heads * cfg.head_dim
+
+    def moved(name: str, w: Array, row: np.ndarray) -> Array:
+        axis, size = {"q": (-1, wide), "k": (-1, cfg.head_dim), "v": (-1, cfg.head_dim), "o": (0, wide)}[name.removesuffix("_bias")]
+        at = (row[:, None] * size + np.arange(size)).reshape(-1)
+        return jnp.take(w, at, axis)
+
+    heads = {name + end for name in "qkv" for end in ("", "_bias")} | {"o"}
+    out = tuple({name: moved(name, w, row) if name in heads else w for name, w in p.items()} for p, row in zip(layers, table, strict=True))
+    new = params | {"layers": out}
+    return stack(new) if stacked else new
+
+
 # --- the parallel pass ------------------------------------------------------------------------------------------------
 
 

@@ -110,6 +110,8 @@ def _attend_group(
     """The rows' attention in one head group -> (values, cache with these rows, its evidence)."""
     q, k, v = qkv
     (b, g, n), live, unturned = k.shape[:3], tokens.pos >= 0, raw(recipe)
+    if part is not None and not g:
+        return q, part.kv._replace(seen=part.kv.seen + tokens.seen, delta=part.kv.delta + tokens.delta), {}
     size = jnp.where(live & (tokens.size > 0), tokens.size, 1.0)
     bias = jnp.broadcast_to((jnp.log(size) if proportional else jnp.zeros_like(size))[:, None], (b, g, n))
     if part is None:

@@ -53,29 +53,33 @@ def embed(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] 
 
 
 def empty(cfg: Config, params, b: int, slots: int, recipe: Recipe = PLAIN) -> Layers:
-    """Caches of `slots` dead slots for b sequences, in the parameters' dtype, with the step policy's state begun."""
-    g, dtype = cfg.kv_heads, params["embed"].dtype
+    """Caches of `slots` dead slots for b sequences, in the parameters' dtype, by the recipe's head groups, with the step policy's state begun."""
+    dtype, group = params["embed"].dtype, cfg.heads // cfg.kv_heads
     zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
+    learned = params.get("methods", {})
     out = []
     for i in range(cfg.layers):
-        kv = KV(
-            k=jnp.zeros((b, g, slots, cfg.head_dim), dtype),
-            v=jnp.zeros((b, g, slots, cfg.head_dim), dtype),
-            pos=zeros(b, g, slots) - 1,
-            bias=jnp.zeros((b, g, slots), jnp.float32),
-            seen=zeros(b),
-            delta=zeros(b),
-            cursor=zeros(),
-            lost=zeros(b, g),
-        )
-        nothing = jnp.zeros((b, cfg.heads, slots), jnp.float32)
-        turned = jnp.zeros((b, cfg.heads, recipe.policy.needs.turned if recipe.policy else 0, cfg.head_dim), dtype)
-        rest = cached.at_hand(i, jnp.asarray(blocks.frequencies(cfg, i)), None)
-        seen = Evidence(received=nothing, perturbed=nothing, rows=nothing[:, :, None], peak=nothing, turned=turned, **rest)
-        learned = params.get("methods", {})
-        state = recipe.policy.layer(i, cfg.layers).start(learned.get("policy", {}), kv, seen) if recipe.policy else Held()
-        reading = recipe.reader.start(learned.get("reader", {}), i, kv, cfg.heads) if recipe.reader else ()
-        out.append((Part(kv, state, reading),))
+        parts = []
+        for j, g in enumerate(cached.head_groups(cfg, recipe, i)):
+            kv = KV(
+                k=jnp.zeros((b, g, slots, cfg.head_dim), dtype),
+                v=jnp.zeros((b, g, slots, cfg.head_dim), dtype),
+                pos=zeros(b, g, slots) - 1,
+                bias=jnp.zeros((b, g, slots), jnp.float32),
+                seen=zeros(b),
+                delta=zeros(b),
+                cursor=zeros(),
+                lost=zeros(b, g),
+            )
+            nothing = jnp.zeros((b, g * group, slots), jnp.float32)
+            turned = jnp.zeros((b, g * group, recipe.policy.needs.turned if recipe.policy else 0, cfg.head_dim), dtype)
+            rest = cached.at_hand(i, jnp.asarray(blocks.frequencies(cfg, i)), None)
+            seen = Evidence(received=nothing, perturbed=nothing, rows=nothing[:, :, None], peak=nothing, turned=turned, **rest)
+            policy = None if recipe.policy is None else recipe.policy.layer(i, cfg.layers).head_group(j)
+            state = Held() if policy is None or not g else policy.start(learned.get("policy", {}), kv, seen)
+            reading = recipe.reader.start(learned.get("reader", {}), i, kv, cfg.heads) if recipe.reader else ()
+            parts.append(Part(kv, state, reading))
+        out.append(tuple(parts))
     return tuple(out)
 
 

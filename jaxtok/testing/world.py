@@ -31,7 +31,8 @@ def world(dtype="float32"):
 def recipe_of(method) -> Recipe:
     if method.site not in ("cache", "policy", "reader"):
         raise ValueError(f"there are laws for the sites cache, policy and reader; {method!r} acts at {method.site!r}")
-    return Recipe(**{method.site: method})
+    groups = getattr(method, "groups", 1)  # of several head groups all heads are in the last, which is the one to ask
+    return Recipe(**{method.site: method}, heads=((*(0,) * (groups - 1), CFG.kv_heads),) * CFG.layers if groups > 1 else ())
 
 
 def weights(method, params):
@@ -49,7 +50,7 @@ def live_set(pos):
 
 
 def record(layers):
-    return jnp.stack([live_set(parts[0].pos) for parts in layers])
+    return jnp.stack([live_set(parts[-1].pos) for parts in layers])
 
 
 def seen_whole(part: Part) -> KV:
@@ -63,7 +64,7 @@ def run(recipe, params, tokens: Tokens, force, keep, key):
     """Prefill, then T forced steps -> everything that the laws look at."""
     tokens, layers = decoder.prefill(CFG, params, tokens, recipe, new=T, keep=keep, key=key)
     first = decoder.logits(CFG, params, tokens.x[:, -1:])[:, 0]
-    filled = [seen_whole(parts[0]) for parts in layers]
+    filled = [seen_whole(parts[-1]) for parts in layers]
 
     def one(layers, ids):
         x = blocks.embed(CFG, params, ids[:, None])
@@ -71,7 +72,7 @@ def run(recipe, params, tokens: Tokens, force, keep, key):
         return new, (decoder.logits(CFG, params, x)[:, 0], record(layers))
 
     layers, (logits, sets) = jax.lax.scan(one, layers, force.T)
-    return dict(first=first, logits=logits, sets=sets, filled=filled, final=[seen_whole(parts[0]) for parts in layers])
+    return dict(first=first, logits=logits, sets=sets, filled=filled, final=[seen_whole(parts[-1]) for parts in layers])
 
 
 @functools.cache
@@ -159,7 +160,7 @@ def jitted(method) -> Any:
 def call(method, kv, evidence, keep: Any = CAP):
     """What a method does to one layer's cache once: the plan's result, as (pos, k, v, bias), and (pos, k, v, channels) of what it froze."""
     own = recipe_of(method).init_params(jax.random.key(3), CFG).get(method.site, {})
-    method = method.layer(0, CFG.layers)
+    method = method.layer(0, CFG.layers).head_group(getattr(method, "groups", 1) - 1)
     if method.site == "policy":
         state = method.start(own, kv, evidence)
         kv, _ = method.refit(own, state, kv, evidence, keep)

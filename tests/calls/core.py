@@ -6,7 +6,23 @@ import jax
 import numpy as np
 from hypothesis import strategies as st
 
-from jaxtok.core import budget, check, compose, plugins, protocols, reader, recipe, reduce, registry, rotary, score, segments, select, types
+from jaxtok.core import (
+    budget,
+    check,
+    compose,
+    heads,
+    plugins,
+    protocols,
+    reader,
+    recipe,
+    reduce,
+    registry,
+    rotary,
+    score,
+    segments,
+    select,
+    types,
+)
 from jaxtok.core import vacate as steps
 from jaxtok.core.types import Needs, Protect
 from jaxtok.methods import H2O
@@ -36,6 +52,19 @@ plain("core.registry.parse_budget")(
 plain("core.types.Needs")(
     lambda draw: (lambda a, b, n: Needs(queries=a) | Needs(queries=b, rows=n), (draw(NONE_OR_FOUR), draw(NONE_OR_FOUR), draw(INTS)), {})
 )
+
+
+def table(draw, dtypes):
+    """A small array of one of the dtypes, mostly [l g]."""
+    shape = usually(draw, st.tuples(st.integers(1, 4), st.integers(1, 4)), st.sampled_from([(), (3,), (0, 2), (2, 2, 2)]))
+    x = np.random.default_rng(draw(st.integers(0, 9))).normal(size=shape)
+    x = np.where(x > 1.5, draw(st.sampled_from([np.nan, np.inf, -np.inf, 9.0])), x)
+    return (x > 0).astype(bool) if draw(st.sampled_from(dtypes)) is bool else x
+
+
+plain("core.heads.split")(lambda draw: (heads.split, (usually(draw, st.just(table(draw, (bool, bool, float)))),), {}))
+plain("core.heads.best")(lambda draw: (heads.best, (usually(draw, st.just(table(draw, (float,)))), usually(draw, INTS)), {}))
+plain("core.heads.allot")(lambda draw: (heads.allot, (*(usually(draw, INTS) for _ in range(3)), usually(draw, REALS)), {}))
 
 
 @plain("core.budget.pyramid")
@@ -204,6 +233,7 @@ case("core.check.reading")(
         lambda **a: check.reading(**a) or [], lambda v: {"q": v.rows(s.b, s.h, s.t, s.d), "pos": v.positions(s.b, s.t), "kv": v.kv()}
     )
 )
+case("core.heads.oldest")(lambda s: Case(heads.oldest, lambda v: {"kv": v.kv(packed=False)}, {"sinks": s.one(0, 2)}))
 case("core.score.grouped")(lambda s: Case(score.grouped, lambda v: {"x": v.rows(s.b, s.h, s.n)}, {"g": s.g}))
 case("core.score.to_kv_heads")(
     lambda s: Case(score.to_kv_heads, lambda v: {"x": v.rows(s.b, s.h, s.n)}, {"g": s.g, "how": s.one("mean", "max", "sum")})

@@ -21,7 +21,7 @@ from tests.calls.values import Sizes
 def made(s: Sizes, make: Callable[[int], Any]) -> Any:
     """The method of this set, as a layer's instance where it has such."""
     method = make(max(s.m, LEAST))
-    return method.layer(s.i % 2, 2) if hasattr(method, "layer") else method
+    return method.layer(s.i % 2, 2).head_group(method.groups - 1) if hasattr(method, "layer") else method
 
 
 def learned(method: Any, s: Sizes) -> Any:

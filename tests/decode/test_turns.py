@@ -154,6 +154,8 @@ def test_refused(params):
         turns.speak(CFG, params, turns.Said.start(jnp.zeros((1, 1, 16))), layers, most=1, left=1, sampler=Sampler(temperature=1.0))
     with pytest.raises(ValueError, match="kvzip needs more than one pass over a prompt, which a conversation does not make"):
         Talk(params, Recipe(cache=build("kvzip", 9)))
+    with pytest.raises(ValueError, match="duo_attention leaves some heads whole, whose caches would grow with every turn"):
+        turns.begin(CFG, params, Recipe(policy=build("duo_attention:sinks=2", 9), heads=((1, 1), (0, 2))), slots=8, new=1)
     talk = Talk(params, RECIPES["rerotated"])
     talk(*ids_of(9, 12))
     with pytest.raises(ValueError, match="they are not kept after a prefill"):

@@ -24,7 +24,7 @@ def script(name, monkeypatch):
 def test_every_script_that_trains_is_counted_here():
     """A new one needs its own test below."""
     trains = {p.stem for p in FOLDER.glob("*.py") if re.search(r"\boptax\b|jaxtok\.train", p.read_text())}
-    assert trains == {"train_embedded", "train_lococo", "linen_example"}
+    assert trains == {"train_embedded", "train_lococo", "linen_example", "train_duo_gates"}
 
 
 def test_the_embedded_model(tmp_path, monkeypatch):
@@ -100,3 +100,27 @@ def test_lococo(tmp_path, monkeypatch):
     assert len(traces) == 2, "once for the step, once for the measurement"
     assert set(out["nats a character"]) == {"full cache", "alpha = 0: heavy hitters only", "before training", "trained"}
     assert (tmp_path / "curves.png").is_file() and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_gates_of_duo_attention(tmp_path, monkeypatch):
+    """One batch shape, one trace of the loss; the gates are written, and the evaluation is of as many whole heads as asked."""
+    m, traces = script("train_duo_gates", monkeypatch), []
+    from jaxtok.train import duo_attention
+    from tests.evals import tiny
+
+    make = duo_attention.make_loss
+
+    def counted(*args, **options):
+        loss = make(*args, **options)
+        return lambda *args: traces.append(args[1]["ids"].shape) or loss(*args)
+
+    monkeypatch.setattr(duo_attention, "make_loss", counted)
+    monkeypatch.setattr(m.load, "load", lambda _: tiny.make())
+    seen = []
+    monkeypatch.setattr(m, "found", lambda cfg, params, tokenizer, args, full: seen.append(int(full.sum())) or 0.5)
+    monkeypatch.setattr(m, "SEARCH", {})
+    args = m.Args(length=250, steps=3, batch=2, pool=3, sinks=1, recent=4, out=tmp_path)
+    document = m.main(args)
+    assert len(traces) == 1 and seen == [4, 2, 2, 0]
+    np.testing.assert_allclose(np.loadtxt(tmp_path / "gates.tsv"), document["gates"], atol=1e-4)
+    assert (tmp_path / "results.json").is_file() and 0 <= np.min(document["gates"]) <= np.max(document["gates"]) <= 1

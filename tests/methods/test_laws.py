@@ -17,6 +17,7 @@ from tests.methods.laws import makers
 # (label, law): the reason, from the method's card. A row whose law holds is stale and fails.
 _MOVED = "keys move to compact positions by design: the masked full cache keeps the old distances"
 _FOLDED = "what goes is folded into what stays"
+_MEAN = "what is dropped stays in one token, their mean"
 _CHANNELS = "channels of keys are dropped, no tokens"
 EXEMPT: dict[tuple[str, str], str] = {
     ("key_rerotation", "dropped_equals_masked"): _MOVED,
@@ -32,6 +33,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("cam-mean", "dropped_equals_masked"): _FOLDED,
     ("ems", "dropped_equals_masked"): _FOLDED,
     ("ems-count", "dropped_equals_masked"): _FOLDED,
+    ("razor_attention", "dropped_equals_masked"): _MEAN,
     ("think", "dropped_equals_masked"): _CHANNELS,
     ("think-kvpress", "dropped_equals_masked"): _CHANNELS,
     ("landmark", "full_budget_is_identity"): "the grouped softmax of a model trained with landmarks: plain attention is no limit of it",

@@ -212,7 +212,7 @@ def _step(policy):
             bias=kv.bias.at[:, :, at].set(0),
             seen=kv.seen + 1,
         )
-        see: dict[str, Any] = dict(q_pos=pos[:, None], k_pos=kv.pos)
+        see: dict[str, Any] = dict(q_pos=pos[:, None], k_pos=kv.pos, bias=kv.bias)
         q, keys = q[:, :, None], kv.k
         if policy.raw:
             q, keys = place(q, kv, kv.cursor, freqs(q.shape[-1]))
@@ -267,4 +267,4 @@ def check_policy(make, *, protected) -> None:
     # bf16 in, bf16 out, state in float32
     half = cache(k[:, :, :N], v[:, :, :N], LIVE, jnp.bfloat16)
     out, state = jax.eval_shape(_start(policy), half, look(q[:, :, :N], half, 1, policy.needs.perturbed), None)
-    assert out.k.dtype == jnp.bfloat16 and all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.slots))
+    assert out.k.dtype == jnp.bfloat16 and all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state.slots))

@@ -217,3 +217,21 @@ def test_errors():
         blocks.forward(CFG, params() | {"layers": blocks.unstack(params())["layers"][:1]}, ids)
     with pytest.raises(ValueError, match=r"live \(2, 13\) must have the shape of ids \(2, 14\)"):
         inspect.unwrap(blocks.hidden)(CFG, params(), ids, live[:, 1:])  # past the shape checker of the test run
+
+
+@pytest.mark.parametrize("form", [blocks.stack, blocks.unstack])
+def test_heads_in_another_order_are_the_same_model(form):
+    """Biases, q/k norms, h/g = 2, another order in each layer: every logit stays; what the caches hold follows the order."""
+    whole, order = form(params()), ((1, 0), (0, 1), (1, 0))
+    moved = blocks.reorder_heads(CFG, whole, order)
+    assert jax.tree.structure(moved) == jax.tree.structure(whole)
+    ids = jax.random.randint(jax.random.key(3), (2, 7), 0, CFG.vocab)
+    np.testing.assert_allclose(program()(blocks.stack(moved), ids), program()(blocks.stack(whole), ids), atol=2e-5)
+    old, new = (blocks.unstack(p)["layers"][2] for p in (whole, moved))
+    x = jax.random.normal(jax.random.key(4), (1, 3, CFG.width))
+    for a, b, at in zip(blocks.qkv(CFG, old, x), blocks.qkv(CFG, new, x), ([2, 3, 0, 1], [1, 0], [1, 0]), strict=True):
+        np.testing.assert_allclose(b, np.asarray(a)[:, at], atol=1e-6)
+    assert blocks.reorder_heads(CFG, whole, ((0, 1),) * 3) is whole
+    for wrong in (((1, 0),) * 2, ((1, 1),) * 3, ((0, 2),) * 3):
+        with pytest.raises(ValueError, match="order must have for each of 3 layers the numbers 0 to 1 once"):
+            blocks.reorder_heads(CFG, whole, wrong)

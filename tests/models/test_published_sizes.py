@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxtyping
+import numpy as np
 import pytest
 
 import jaxtok.methods
 from jaxtok import decode
-from jaxtok.core import registry
+from jaxtok.core import heads, registry
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import reread
 from jaxtok.methods import Chain, KeyDiff, PerLayer, SnapKV
@@ -72,6 +73,10 @@ def test_parameter_counts(name, count):
 def trace(cfg, params, method):
     """(rows, caches) as shapes, of a prefill and a step."""
     recipe = Recipe(**{method.site: method})
+    if getattr(method, "groups", 1) > 1:  # another head of each layer whole
+        full = np.arange(cfg.kv_heads)[None] == np.arange(cfg.layers)[:, None] % cfg.kv_heads
+        recipe, order = recipe.replace(heads=heads.split(full).sizes), heads.split(full).order
+        params = jax.eval_shape(lambda params: blocks.reorder_heads(cfg, params, order), params)
     recipe.validate(cfg)
     own = jax.eval_shape(lambda: recipe.init_params(jax.random.key(0), cfg))
 
@@ -123,6 +128,10 @@ def test_every_recipe_traces(method, name, untyped):
         build = lambda cfg: registry.build(instead, CAPACITY)
     logits, layers = trace(cfg, params, build(cfg))
     assert logits.shape == (1, 1, cfg.vocab) and logits.dtype == jnp.float32 and len(layers) == cfg.layers
+    if getattr(registry.get(method), "groups", 1) > 1:
+        shapes = {tuple(part.kv.pos.shape[1:] for part in parts) for parts in layers}
+        assert shapes == {((1, PROMPT + NEW), (cfg.kv_heads - 1, CAPACITY + 1))}
+        return
     held = [kv for parts in layers for part in parts for kv in (part.kv, part.frozen and part.frozen.kv) if kv is not None]
     slots = sum(kv.pos.shape[2] for kv in held) / sum(map(len, layers))
     lossless = method in ("full", "think") or registry.get(method).site == "reader"

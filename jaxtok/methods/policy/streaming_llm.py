@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtok.core import check
+from jaxtok.core import check, heads
 from jaxtok.core.protocols import CachePolicy, Held
 from jaxtok.core.registry import register
-from jaxtok.core.types import KV, Protect
+from jaxtok.core.types import KV
 
 
 @register(
@@ -46,5 +45,4 @@ class StreamingLLM(CachePolicy):
         return self.compact
 
     def victim(self, params, state: Held, kv: KV, keep: Int[Array, "b g"]) -> tuple[Bool[Array, "b g s"], Float[Array, "b g s"]]:
-        age = kv.pos - kv.seen[:, None, None]  # small where it decides, so float32 holds it exactly in texts of any length
-        return Protect(sinks=self.sinks).mask(kv.pos, kv.seen), age.astype(jnp.float32)
+        return heads.oldest(kv, self.sinks)

@@ -124,7 +124,7 @@ class CaMPolicy(StepWrapper):
     def victim(self, params, state: Held, kv: KV, keep: Int[Array, "b g"]) -> tuple[Bool[Array, "b g s"], Float[Array, "b g s"]]:
         return self.base.victim(params, _inner(state), kv, keep)
 
-    def depart(self, params, state: Held, kv: KV, slot: Int[Array, "b g"], evidence: Evidence) -> KV:
+    def depart(self, params, state: Held, kv: KV, slot: Int[Array, "b g"], evidence: Evidence) -> tuple[KV, Held]:
         at = jnp.maximum(slot, 0)[..., None]
         mine = lambda x: jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 3)), 2)
         pos, a = mine(kv.pos), mine(state.slots[1])
@@ -136,7 +136,7 @@ class CaMPolicy(StepWrapper):
         v = gather(kv.v, target).astype(jnp.float32) + share[..., None] * mine(kv.v).astype(jnp.float32)
         b, g = jnp.indices(slot.shape, sparse=True)
         into = jnp.where(target < 0, kv.v.shape[2], target)
-        return kv._replace(v=kv.v.at[b[..., None], g[..., None], into].set(v.astype(kv.v.dtype), mode="drop"))
+        return kv._replace(v=kv.v.at[b[..., None], g[..., None], into].set(v.astype(kv.v.dtype), mode="drop")), state
 
     def _held(self, base: Held, received: Float[Array, "b g s"]) -> Held:
         return Held((base.slots, received), base.rest)
