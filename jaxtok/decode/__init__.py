@@ -2,7 +2,9 @@
 
 from jaxtok.decode.lookahead import Ahead, prefill_lookahead
 from jaxtok.decode.loop import Generated, generate, prefill_chunked, replay
+from jaxtok.decode.prefill import prefill
 from jaxtok.decode.reread import prefill_reread
+from jaxtok.decode.retrieve import retrieve
 from jaxtok.decode.sampling import Sampler, filter_logits, sample
 
 __all__ = [
@@ -11,9 +13,11 @@ __all__ = [
     "Sampler",
     "filter_logits",
     "generate",
+    "prefill",
     "prefill_chunked",
     "prefill_lookahead",
     "prefill_reread",
     "replay",
+    "retrieve",
     "sample",
 ]

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jaxtok.core import registry
+from jaxtok.decode.prefill import Draft, check_draft
 from jaxtok.evals import cases, perplexity, tasks
 from jaxtok.evals.measure import FULL, Work, recipe_of, site_of
 from jaxtok.models.config import Config
@@ -78,24 +79,32 @@ class Result(NamedTuple):
     notes: list[str]
 
 
-def fitted(specs: Iterable[str], cfg: Config, capacity: int, *, leave_out: bool) -> tuple[tuple[str, ...], list[str]]:
-    """Specs made to work at `capacity` on this model, and notes on what was changed or (`leave_out`) left out.
+def fitted(
+    specs: Iterable[str], cfg: Config, capacity: int, *, leave_out: bool, draft: Config | None = None
+) -> tuple[tuple[str, ...], list[str]]:
+    """Specs made to work at `capacity` on this model (and `draft` model), and notes on what was changed or (`leave_out`) left out.
 
     Of a bare name, a window that has no room is made a power of two that leaves two thirds of the capacity free; the new spec says so.
     Specs with options stay as they are. ValueError for what does not work, unless it may be left out.
     """
     good, notes = [], []
+
+    def works(spec: str) -> None:
+        recipe = recipe_of(spec, capacity)
+        recipe.validate(cfg)
+        check_draft(cfg, recipe, draft)
+
     window = 2 ** max(0, int(math.log2(max(1, capacity // 3))))
     for spec in specs:
         if ":" in spec:
             good.append(spec)
             continue
         try:
-            recipe_of(spec, capacity).validate(cfg)
+            works(spec)
             good.append(spec)
         except ValueError as e:
             try:
-                recipe_of(f"{spec}:window={window}", capacity).validate(cfg)
+                works(f"{spec}:window={window}")
                 good.append(f"{spec}:window={window}")
                 notes.append(f"{spec} has window={window}, so that it fits into {capacity} slots")
             except ValueError:
@@ -112,8 +121,18 @@ def smallest(options: Options) -> int:
     return min(cases.slots(registry.parse_budget(b), n) for b in options.budgets)
 
 
-def run(cfg: Config, params: Any, tokenizer: Tokenizer, options: Options, progress: Progress = lambda *_: None) -> Result:
-    """The comparison. ValueError, before anything is compiled, for what cannot work."""
+def run(
+    cfg: Config,
+    params: Any,
+    tokenizer: Tokenizer,
+    options: Options,
+    progress: Progress = lambda *_: None,
+    draft: Draft | None = None,
+) -> Result:
+    """The comparison. `draft`: a model with the same token ids, for the methods that need one.
+
+    ValueError, before anything is compiled, for what cannot work.
+    """
     named = [t for t in options.tasks if t != PERPLEXITY]
     made = [
         c
@@ -131,14 +150,16 @@ def run(cfg: Config, params: Any, tokenizer: Tokenizer, options: Options, progre
     lengths = [g.context for g in groups] + ([windows.shape[1]] if windows is not None else [])
     for spec, budget in plan:
         for n in lengths:
-            recipe_of(spec, cases.slots(registry.parse_budget(budget), n)).validate(cfg)
+            recipe = recipe_of(spec, cases.slots(registry.parse_budget(budget), n))
+            recipe.validate(cfg)
+            check_draft(cfg, recipe, draft)
     notes = [
         f"{spec} at {budget} keeps {cases.slots(registry.parse_budget(budget), n)} slots of a context of {n}"
         for spec, budget in plan
         for n in lengths
         if cases.slots(registry.parse_budget(budget), n) > n
     ]
-    work = Work(cfg, params, tokenizer, options.batch, options.repeats, options.seed)
+    work = Work(cfg, params, tokenizer, options.batch, options.repeats, options.seed, draft)
     units = [(g, spec, budget) for g in groups for spec, budget in plan]
     total, rows, kept = 2 * (len(units) + len(groups)) + len(plan) * (windows is not None), [], []
     tick = _Counter(progress, total)

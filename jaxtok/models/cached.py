@@ -158,6 +158,15 @@ def _attend_group(cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional,
     return out, kv, seen
 
 
+def look_back(cfg: Config, p, i: int, tokens: Tokens, w: int, impl: str) -> Float[Array, "b h w n"]:
+    """Attention of the last w tokens over all of them, from the queries of these rows and the keys of all."""
+    last, freqs = jax.tree.map(lambda x: x[:, -w:], (tokens.x, tokens.rope, tokens.pos)), jnp.asarray(blocks.frequencies(cfg, i))
+    q = rotate_by(blocks.qkv(cfg, p, last[0])[0], last[1], freqs)
+    k = rotate_by(blocks.qkv(cfg, p, tokens.x)[1], tokens.rope, freqs)
+    see: dict[str, Any] = dict(q_pos=last[2], k_pos=tokens.pos, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
+    return rows(q, k, attention(q, k, k, impl=impl, **see)[1], **see)
+
+
 def observe(needs: Needs, q, k, lse, see: dict[str, Any], diagonal: int | None = None, length: Array | None = None) -> dict[str, Any]:
     """Attention evidence from queries, keys and the saved logsumexp; no [n n] array exists."""
     out: dict[str, Any] = {}

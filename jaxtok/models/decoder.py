@@ -167,6 +167,14 @@ def probe(
     return tuple(out)
 
 
+def last_rows(cfg: Config, params, tokens: Tokens, rows: int, *, layer: int = -1, impl: str = "auto") -> Float[Array, "b h w n"]:
+    """Attention of the last `rows` tokens in one layer, float32; layers before it run whole, of this one nothing but queries and keys."""
+    layer %= cfg.layers
+    for i, p in enumerate(params["layers"][:layer]):
+        tokens, _ = cached.attend_rows(cfg, p, i, tokens, None, PLAIN, Needs(), False, None, impl)
+    return cached.look_back(cfg, params["layers"][layer], layer, tokens, rows, impl)
+
+
 def _before(evidence: Evidence, slots: int) -> Evidence:
     cut = {name: getattr(evidence, name) for name in ("rows", "received", "peak", "cls")}
     return evidence._replace(**{name: None if x is None else x[..., :slots] for name, x in cut.items()})
