@@ -105,7 +105,7 @@ def read(o: Options, cfg, params, tokenizer, cases, progress) -> tuple[Any, Any,
 
 
 def memory(o: Options) -> dict[str, Any]:
-    """Of a process that reads one batch of a length: bytes of the compiled program, and of the process at its most."""
+    """Of a process that reads two texts of a length: bytes of the compiled program, and of the process at its most."""
     cfg, params, tokenizer = load.load("embedded")
     cases = cases_of(o, tokenizer, o.measure or o.length)[: o.batch]
     read(o, cfg, params, tokenizer, cases, lambda *_: None)
@@ -116,8 +116,8 @@ def memory(o: Options) -> dict[str, Any]:
 
 def child(o: Options, length: int) -> dict[str, Any]:
     """`memory` in a process of its own."""
-    given = [f"--{name}={getattr(o, name)}" for name in ("window", "capacity", "topk", "width", "seeds", "depths", "batch")]
-    run = [sys.executable, __file__, *given, f"--measure={length}"]
+    given = [f"--{name}={getattr(o, name)}" for name in ("window", "capacity", "topk", "width", "seeds", "depths")]
+    run = [sys.executable, __file__, *given, "--batch=2", f"--measure={length}"]
     return json.loads(subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
@@ -126,7 +126,7 @@ def main(o: Options) -> dict[str, Any]:
         out = memory(o)
         print(json.dumps(out))
         return out
-    start = time.perf_counter()
+    start, screen = time.perf_counter(), console()
     cfg, params, tokenizer = load.load("embedded")
     answer = jax.jit(lambda params, ids, live: answers(cfg, params, jnp.asarray(ids), jnp.asarray(live), 4))
     rows, seconds, cases = [], [], cases_of(o, tokenizer, o.length)
@@ -137,6 +137,9 @@ def main(o: Options) -> dict[str, Any]:
             ids, live, state = read(o, cfg, params, tokenizer, mine, tick)
             said = np.asarray(answer(params, ids, live))
             seconds.append(time.perf_counter() - before)
+            screen.print(
+                f"batch {i}: {np.mean([found(c, s, tokenizer) for c, s in zip(mine, said, strict=True)]):.2f} in {seconds[-1]:.0f} s"
+            )
             for j, case in enumerate(mine):
                 kept = tokenizer.decode([int(t) for t in ids[j][live[j]]])
                 score, text_of = found(case, said[j], tokenizer), tokenizer.decode([int(t) for t in said[j] if t >= 0])
@@ -169,7 +172,6 @@ def main(o: Options) -> dict[str, Any]:
     }
     o.out.parent.mkdir(parents=True, exist_ok=True)
     path = report.write(o.out, document)
-    screen = console()
     screen.print(f"{o.length} characters through {o.window}: {score:.3f} of {len(rows)}; the model itself at {o.window}: {own:.3f}")
     for n, used in document["memory"].items():
         screen.print(f"{n} characters: {used['program']} bytes of the program, {used['process']} of the process")

@@ -6,10 +6,12 @@ from jaxtok.decode.prefill import prefill
 from jaxtok.decode.reread import prefill_reread
 from jaxtok.decode.retrieve import retrieve
 from jaxtok.decode.sampling import Sampler, filter_logits, sample
+from jaxtok.decode.shared import PrefixGroups, prefill_shared, prefix_groups
 
 __all__ = [
     "Ahead",
     "Generated",
+    "PrefixGroups",
     "Sampler",
     "filter_logits",
     "generate",
@@ -17,6 +19,8 @@ __all__ = [
     "prefill_chunked",
     "prefill_lookahead",
     "prefill_reread",
+    "prefill_shared",
+    "prefix_groups",
     "replay",
     "retrieve",
     "sample",

@@ -58,7 +58,7 @@ def retrieve(
     return np.maximum(np.take_along_axis(ids, where, 1), 0), np.take_along_axis(live, where, 1), state
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _absorb(cfg: Config, method, impl: str, params, state, ids, count, question, asked, last, whole) -> tuple[Any, Array]:
     return method.absorb(through(cfg, params, impl), state, ids, count, question, asked, last, whole)
 

@@ -107,13 +107,14 @@ def test_the_one_entry(models):
     params, small, ids, live = models
     recipe = Recipe(cache=SpecKV(capacity=5, window=2, look=LOOK))
     want = run(models, recipe.cache, (DRAFT, small))
-    tokens, layers = prefill(CFG, params, ids, live, recipe, new=4, draft=(DRAFT, small))
+    tokens, layers = jax.jit(lambda: prefill(CFG, params, ids, live, recipe, new=4, draft=(DRAFT, small)))()
     near(tokens.x[:, -1], want.tokens.x[:, -1], 1e-5, "the last row")
     for (a,), (b,) in zip(layers, want.layers, strict=True):
         np.testing.assert_array_equal(a.kv.pos, b.kv.pos)
     assert Recipe(cache=AdaKV(base=recipe.cache)).look == LOOK and Recipe(cache=SnapKV(capacity=6, window=2)).look is None
-    plain = prefill(CFG, params, ids, live, Recipe(), new=4)[0]
-    near(plain.x, decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, live), new=4)[0].x, 1e-6, "the plain prefill")
+    plain = jax.jit(lambda: prefill(CFG, params, ids, live, Recipe(), new=4)[0].x)()
+    alone = jax.jit(lambda: decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, live), new=4)[0].x)()
+    near(plain, alone, 1e-6, "the plain prefill")
     with pytest.raises(ValueError, match=r"speckv needs a draft model with the same token ids; give draft=\(cfg, params\)"):
         prefill(CFG, params, ids, live, recipe, new=4)
     with pytest.raises(ValueError, match="the draft has 9 token ids and the model 32"):
@@ -125,9 +126,8 @@ def test_a_continuation_that_is_known(models):
     params, small, ids, live = models
     cache = SpecKV(capacity=5, window=2, look=LOOK, pool=1)
     want = run(models, cache, (DRAFT, small))
-    given = lambda ahead: (
-        prefill_lookahead(CFG, params, ids, live, Recipe(cache=cache), (DRAFT, small), look=LOOK, new=4, ahead=ahead).layers
-    )
+    recipe, options = Recipe(cache=cache), dict(look=LOOK, new=4)
+    given = jax.jit(lambda ahead: prefill_lookahead(CFG, params, ids, live, recipe, (DRAFT, small), ahead=ahead, **options).layers)
     same, other = given(want.draft), given((want.draft + 7) % CFG.vocab)
     sets = lambda layers: np.concatenate([np.asarray(part.kv.pos) for (part,) in layers])
     np.testing.assert_array_equal(sets(same), sets(want.layers))

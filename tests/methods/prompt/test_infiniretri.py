@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxtok.core.recipe import Recipe
-from jaxtok.decode import generate, prefill
+from jaxtok.decode import prefill, retrieve
+from jaxtok.decode.retrieve import _absorb
 from jaxtok.methods import InfiniRetri
 from jaxtok.models import decoder
 from jaxtok.testing.world import CFG, world
@@ -115,6 +116,15 @@ def planted(n, q, at, size=1.0):
     return look
 
 
+def test_a_text_that_fits_stays():
+    """The card's identity on one chunk: whatever the question looks at, and also where the chunks are smaller."""
+    for chunk in (64, 5):
+        method = InfiniRetri(capacity=20, question=3, chunk=chunk, topk=1, ends=(1,))
+        live = jnp.arange(40)[None] >= jnp.array([[20], [19]])  # seventeen tokens of text fit, eighteen do not
+        plan = jax.jit(lambda ids, live, method=method: method.run({}, planted(0, 3, (7,)), ids, live))(jnp.ones((2, 40), jnp.int32), live)
+        assert (plan.index[0] >= 0).sum() == 20 and plan.lost[0] == 0 and (plan.index[1] >= 0).sum() < 20
+
+
 def test_a_needle_survives_every_chunk():
     """The card: planted attention keeps its sentence through all chunks, whole; what finds no room is counted; padding is no text."""
     n, q = 64, 3
@@ -137,15 +147,16 @@ def test_a_needle_survives_every_chunk():
 def test_chunks_end_with_sentences():
     """Of 11 tokens those up to the last sentence end are taken; without one all; at the end of the text the rest."""
     method = InfiniRetri(capacity=9, question=1, chunk=4, topk=9, width=1, ends=(1,))
-    look = planted(4, 1, ())
+    look = planted(4, 1, (99,))
     ids = jnp.array([[5, 1, 5, 5], [5, 5, 5, 5], [5, 1, 5, 5], [5, 5, 9, 9]])
     question, asked = jnp.full((4, 1), 6), jnp.ones((4, 1), bool)
     last = jnp.array([False, False, True, True])
     no = jnp.zeros((4,), bool)
-    state, taken = method.absorb(look, method.start(4), ids, jnp.array([4, 4, 4, 2]), question, asked, last, no)
+    read = jax.jit(lambda state, count: method.absorb(look, state, ids, count, question, asked, last, no))
+    state, taken = read(method.start(4), jnp.array([4, 4, 4, 2]))
     assert taken.tolist() == [2, 4, 4, 2] and state.read.tolist() == [2, 4, 4, 2] and state.closed.tolist() == [1, 0, 1, 0]
     assert state.sentence[2].tolist() == [-1] * 4 + [0, 0, 1, 1]
-    again, taken = method.absorb(look, state, ids, jnp.zeros((4,), jnp.int32), question, asked, last, no)
+    again, taken = read(state, jnp.zeros((4,), jnp.int32))
     assert taken.tolist() == [0] * 4
     for a, b in zip(state, again, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -158,14 +169,32 @@ def model():
     return params, ids, jnp.arange(40)[None] >= jnp.array([[0], [13], [31]])
 
 
+METHOD = InfiniRetri(capacity=12, question=3, chunk=9, topk=2, width=2, ends=(1,))
+
+
+@functools.cache
+def prefilled():
+    params, ids, live = model()
+    return jax.jit(lambda ids, live: prefill(CFG, params, ids, live, Recipe(prompt=METHOD), new=2))(ids, live)
+
+
 def test_through_a_model():
     """Chunk by chunk, as a loop over `decoder.last_rows` and the numpy reference say; then the prompt that is left is prefilled."""
     params, ids, live = model()
-    method = InfiniRetri(capacity=12, question=3, chunk=9, topk=2, width=2, ends=(1,))
-    recipe = Recipe(prompt=method)
-    fn = jax.jit(lambda ids, live: prefill(CFG, params, ids, live, recipe, new=2))
-    tokens, layers = fn(ids, live)
-    attend = jax.jit(lambda ids: decoder.last_rows(CFG, params, decoder.embed(CFG, params, ids), 3))
+    tokens, layers = prefilled()
+    size = 12 + 9
+
+    def one(ids, live):
+        tokens = decoder.embed(CFG, params, ids, live)
+        return decoder.last_rows(CFG, params, tokens, 3), decoder.prefill(CFG, params, tokens, new=0)[0].x[:, -1]
+
+    one = jax.jit(one)
+
+    def at_once(text):
+        n = len(text)
+        rows, x = one(jnp.asarray([[0] * (size - n) + [int(t) for t in text]]), jnp.arange(size)[None] >= size - n)
+        return np.asarray(rows)[0, ..., size - n :], np.asarray(x)[0]
+
     for b in range(3):
         text = np.asarray(ids)[b][np.asarray(live)[b]]
         question, context = text[-3:], text[:-3]
@@ -177,7 +206,7 @@ def test_through_a_model():
             if stop < len(context) and (part == 1).any():
                 stop = at + int(np.flatnonzero(part == 1)[-1]) + 1
             now = [*kept, *range(at, stop)]
-            rows = np.asarray(attend(jnp.asarray([[*context[now], *question]])))[0]
+            rows = at_once([*context[now], *question])[0]
             weight = rows[..., len(now) :].sum((0, 2)) if weight is None else weight
             _, stay, gone = reference(rows[..., : len(now)], weight, 2, number[now], min(2, len(now)), 9)
             if len(context) <= 9:
@@ -186,42 +215,50 @@ def test_through_a_model():
         want = [*kept, *range(len(context), len(text))]
         source = np.asarray(tokens.source)[b][np.asarray(live)[b]]
         assert np.flatnonzero(source >= 0).tolist() == want and int(tokens.lost[b]) == lost
-        alone, _ = decoder.prefill(CFG, params, decoder.embed(CFG, params, jnp.asarray(text[want])[None]), new=0)
-        np.testing.assert_allclose(tokens.x[b, -1], alone.x[0, -1], atol=1e-5)
-        assert int(layers[0][0].kv.seen[b]) == len(want) and layers[0][0].kv.k.shape[2] == 12 + 2
-    assert generate(CFG, params, tokens, layers, recipe, new=2, eos=()).ids.shape == (3, 2)
+        np.testing.assert_allclose(tokens.x[b, -1], at_once(text[want])[1], atol=1e-5)
+        kv = layers[0][0].kv
+        assert int(kv.seen[b]) == len(want) and kv.k.shape[2] == 12 + 2 and kv.lost[b].tolist() == [lost] * CFG.kv_heads
 
 
-def test_one_chunk_is_the_plain_model():
-    """The card's identity on one chunk: a text that fits is answered as it stands."""
+@pytest.mark.parametrize("options, kept", [({}, (1, 1)), ({"weigh": False}, (0, 0)), ({"weigh": False, "variant": "official"}, (1, 0))])
+def test_question_weights(options, kept):
+    """Row 0 looks at id 10 and hardly at the question, row 1 at id 11: weighted, 11 wins, in later chunks by the first one's weights.
+
+    weigh=False: ones; officially the first chunk is weighted all the same.
+    """
+    method = InfiniRetri(capacity=3, question=2, chunk=4, topk=1, width=1, ends=(10, 11, 12), **options)
+
+    def look(ids, live, rows):
+        asking = jnp.where(ids == 6, jnp.array([[0.05], [0.4]]), 0.0)  # each row's attention to the two tokens of the question
+        text = jnp.where(ids == 10, jnp.array([[0.6], [0.0]]), 0.0) + jnp.where(ids == 11, jnp.array([[0.0], [0.1]]), 0.0)
+        return ((asking + text)[None, None],)
+
+    asked, yes, no = jnp.ones((1, 2), bool), jnp.ones((1,), bool), jnp.zeros((1,), bool)
+    read = jax.jit(lambda state, ids, last: method.absorb(look, state, ids, jnp.full((1,), 4), jnp.full((1, 2), 6), asked, last, no)[0])
+    state = read(method.start(1), jnp.array([[10, 12, 11, 12]]), no)
+    np.testing.assert_allclose(state.weight, [[0.1, 0.8]], rtol=1e-6)
+    later = read(state, jnp.array([[11, 12, 12, 10]]), yes)
+    assert [int(x.ids[0, 0]) - 10 for x in (state, later)] == list(kept)
+
+
+def test_a_chunk_at_a_time_from_the_host():
+    """`decode.retrieve` is the same as the prefill's loop, for texts of any kind and length; one program for all chunks."""
     params, ids, live = model()
-    tokens, _ = prefill(CFG, params, ids, live, Recipe(prompt=InfiniRetri(capacity=40, question=3, chunk=64, topk=1)), new=0)
-    plain, _ = decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, live), new=0)
-    np.testing.assert_allclose(tokens.x[:, -1], plain.x[:, -1], atol=1e-5)
-    assert tokens.lost.tolist() == [0, 0, 0]
-
-
-def test_question_weights():
-    """weigh=False: ones; officially the first chunk is weighted all the same, and what it keeps differs."""
-    params, ids, live = model()
-    run = lambda **options: (
-        prefill(CFG, params, ids, live, Recipe(prompt=InfiniRetri(capacity=12, question=3, topk=2, width=2, ends=(1,), **options)), new=0)[
-            0
-        ].source
-    )
-    one = run(chunk=64)  # a single chunk: weighted
-    np.testing.assert_array_equal(one, run(chunk=64, weigh=False, variant="official"))
-    assert (np.asarray(one) != np.asarray(run(chunk=64, weigh=False))).any()
-
-
-def test_traced_budget_and_one_compile():
-    params, ids, live = model()
-    recipe = Recipe(prompt=InfiniRetri(capacity=12, question=3, chunk=9, topk=4, width=2, ends=(1,)))
-    fn = jax.jit(lambda ids, live, keep: prefill(CFG, params, ids, live, recipe, new=0, keep={"prompt": keep})[0])
-    for keep in ([12, 8, 5], [6, 6, 6]):
-        found = (np.asarray(fn(ids, live, jnp.asarray(keep)).source) >= 0).sum(1)
-        assert (found <= np.minimum(keep, np.asarray(live).sum(1))).all() and (found >= 3).all()
-    assert fn._cache_size() == 1
+    rows = [np.asarray(ids)[b][np.asarray(live)[b]] for b in range(3)]
+    questions = [rows[0][-3:].tolist(), rows[1][-2:].tolist(), rows[2][-3:].tolist()]
+    texts = [rows[0][:-3], rows[1][:-2].tolist(), rows[2][:-3].astype(np.uint8)]
+    told, before = [], _absorb._cache_size()
+    found, there, state = retrieve(CFG, params, texts, questions, METHOD, progress=lambda *at: told.append(at))
+    assert _absorb._cache_size() == before + 1 and told[-1] == (68, 68) and len(told) >= 5
+    kept = np.asarray(prefilled()[0].source) >= 0
+    for b in (0, 2):  # with three tokens of question, as the prefill takes them
+        assert found[b][there[b]].tolist() == np.asarray(ids)[b][kept[b]].tolist()
+    assert found.shape == (3, 12) and found[1][there[1]].tolist()[-2:] == questions[1]
+    order = np.asarray(state.order)[1]
+    assert [texts[1][i] for i in order[order >= 0]] == np.asarray(state.ids)[1][order >= 0].tolist()
+    for wrong, message in (([[1]], "1 questions for 3 texts"), ([[1], [], [2]], "a question of 0 tokens; infiniretri takes from 1 to 3")):
+        with pytest.raises(ValueError, match=message):
+            retrieve(CFG, params, texts, wrong, METHOD)
 
 
 def test_refused():

@@ -51,7 +51,7 @@ def test_budget_is_spent_and_static(label, make):
 def test_full_budget_is_identity(label, make):
     params, ids, _ = world()
     x, kept, _ = result(make(N + 1), keep=N + 1)
-    plain, _ = prefill(CFG, params, ids, jnp.asarray(LIVE), Recipe(), new=0)
+    plain, _ = jax.jit(lambda: prefill(CFG, params, ids, jnp.asarray(LIVE), Recipe(), new=0))()
     np.testing.assert_array_equal(kept, LIVE)
     near(x, plain.x[:, -1], 1e-5, "the last row")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtok.core.recipe import Recipe
-from jaxtok.decode import generate, prefill, prefill_lookahead
+from jaxtok.decode import prefill, prefill_lookahead
 from jaxtok.decode.lookahead import look_ahead
 from jaxtok.methods import SpecKV, SpecPC
 from jaxtok.models import blocks, decoder
@@ -126,56 +126,62 @@ def models():
     return params, blocks.init(DRAFT, jax.random.key(5), jnp.float32, embed_std=1.0), ids, jnp.asarray(LIVE)
 
 
-def test_through_a_draft(models):
-    """The draft's rows, its own greedy tokens fed to it one by one, decide; the model prefills what is left, as if there were no more."""
+LOOK = 3
+
+
+@pytest.fixture(scope="module")
+def ahead(models):
+    _, small_params, ids, live = models
+    return jax.jit(lambda: look_ahead(DRAFT, small_params, ids, live, look=LOOK))()
+
+
+def test_through_a_draft(models, ahead):
+    """The draft's rows and those of its own greedy tokens decide; the model prefills what is left, as if there were no more."""
     params, small_params, ids, live = models
-    method = SpecPC(capacity=7, window=2, look=2, pool=1, neighbours=2, first=0)
-    fn = jax.jit(lambda ids, live: prefill(CFG, params, ids, live, Recipe(prompt=method), new=3, draft=(DRAFT, small_params)))
-    tokens, layers = fn(ids, live)
-    ahead = np.asarray(look_ahead(DRAFT, small_params, ids, live, look=2))
+    method = SpecPC(capacity=7, window=2, look=LOOK, pool=1, neighbours=2, first=0)
+    tokens, layers = jax.jit(lambda: prefill(CFG, params, ids, live, Recipe(prompt=method), new=3, draft=(DRAFT, small_params)))()
+
+    def padded(size, fn):
+        fn = jax.jit(fn)
+        return lambda text: np.asarray(
+            fn(jnp.asarray([[0] * (size - len(text)) + [int(t) for t in text]]), jnp.arange(size)[None] >= size - len(text))
+        )[0]
+
+    rows_of = padded(N + LOOK, lambda i, l: decoder.last_rows(DRAFT, small_params, decoder.embed(DRAFT, small_params, i, l), 2 + LOOK))
+    last_of = padded(7, lambda i, l: decoder.prefill(CFG, params, decoder.embed(CFG, params, i, l), new=0)[0].x[:, -1])
     for b, length in enumerate(LENGTHS.tolist()):
         text = np.asarray(ids)[b, N - length :]
-        whole = np.concatenate([text, ahead[b]])
-        attend = lambda n, rows, whole=whole, length=length: np.asarray(
-            decoder.last_rows(DRAFT, small_params, decoder.embed(DRAFT, small_params, jnp.asarray(whole[:n])[None]), rows)
-        )[0, ..., :length]
-        rows = [
-            np.linspace(0, 1, min(2, length))[None, :, None] * attend(length, min(2, length)),
-            attend(length + 1, 1),
-            attend(length + 2, 1),
-        ]
-        want = reference(np.concatenate(rows, 1).max((0, 1)), 7, 2, 2)
+        rows = rows_of([*text, *np.asarray(ahead)[b]])[..., N - length : N]  # of the whole at once: each sees what stands before it
+        want = reference((rows * np.array([0, 1, 1, 1, 1])[None, :, None]).max((0, 1)), 7, 2, 2)
         source = np.asarray(tokens.source)[b, N - length :]
         assert np.flatnonzero(source >= 0).tolist() == want
         assert source[want].tolist() == list(range(7 - len(want), 7))  # rows of the short prompt
-        alone, _ = decoder.prefill(CFG, params, decoder.embed(CFG, params, jnp.asarray(text[want])[None]), new=0)
-        np.testing.assert_allclose(tokens.x[b, -1], alone.x[0, -1], atol=1e-5)
+        np.testing.assert_allclose(tokens.x[b, -1], last_of(text[want]), atol=1e-5)
         assert int(layers[0][0].kv.seen[b]) == len(want) and layers[0][0].kv.k.shape[2] == 7 + 3
 
 
-def test_the_cascade(models):
+def test_the_cascade(models, ahead):
     """SpecKV-PC: the draft's continuation of the whole prompt serves both; equal to the two steps by themselves."""
     params, small_params, ids, live = models
-    recipe = Recipe(prompt=SpecPC(capacity=8, window=2, look=3, pool=2, first=0), cache=SpecKV(capacity=5, window=2, look=3, pool=1))
+    recipe = Recipe(prompt=SpecPC(capacity=8, window=2, look=LOOK, pool=2, first=0), cache=SpecKV(capacity=5, window=2, look=LOOK, pool=1))
     draft = (DRAFT, small_params)
-    assert recipe.look == 3 and recipe.passes == ("specpc", "decode.prefill") and recipe.drafts == "specpc"
+    assert recipe.look == LOOK and recipe.passes == ("specpc", "decode.prefill") and recipe.drafts == "specpc"
     tokens, layers = jax.jit(lambda: prefill(CFG, params, ids, live, recipe, new=4, draft=draft))()
-    first, _ = prefill(CFG, params, ids, live, recipe.replace(cache=None), new=0, draft=draft)
+    first, _ = jax.jit(lambda: prefill(CFG, params, ids, live, recipe.replace(cache=None), new=0, draft=draft))()
     kept = np.asarray(first.source) >= 0
     short = np.zeros((4, 8), np.int32)
     there = np.zeros((4, 8), bool)
     for b in range(4):
         mine = np.asarray(ids)[b, kept[b]]
         short[b, 8 - len(mine) :], there[b, 8 - len(mine) :] = mine, True
-    ahead = look_ahead(*draft, ids, live, look=3)
-    want = prefill_lookahead(
-        CFG, params, jnp.asarray(short), jnp.asarray(there), recipe.replace(prompt=None), draft, look=3, new=4, ahead=ahead
-    )
+    options = dict(look=LOOK, new=4, ahead=ahead)
+    want = jax.jit(
+        lambda: prefill_lookahead(CFG, params, jnp.asarray(short), jnp.asarray(there), recipe.replace(prompt=None), draft, **options)
+    )()
     for (a,), (b,) in zip(layers, want.layers, strict=True):
         np.testing.assert_array_equal(a.kv.pos, b.kv.pos)
         near(a.kv.k, b.kv.k, 1e-5, "keys")
     near(tokens.x[:, -1], want.tokens.x[:, -1], 1e-5, "the last row")
-    assert generate(CFG, params, tokens, layers, recipe, new=4, eos=()).ids.shape == (4, 4)
 
 
 def test_layers_of_a_draft():
