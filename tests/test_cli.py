@@ -61,6 +61,36 @@ def test_generate(model, capsys):
     assert capsys.readouterr().out == alone["text"] + "\n"
 
 
+def test_a_draft(model, tmp_path, capsys):
+    """A method that looks at a draft takes one by name, the embedded model's by itself."""
+    prompts = ["the first prompt, which is long", "short"]
+    argv = ["generate", "--model", model, "--prompt", *prompts, "--new", "3", "--budget", "40", "--json"]
+    assert cli.main([*argv, "--methods", "full", "speckv:window=4,look=2", "--draft", model]) == 0
+    full, _, same, short = json.loads(capsys.readouterr().out)
+    assert full["ids"] == same["ids"] and full["kept"] == same["kept"] and len(short["ids"]) == 3  # the budget covers it
+    out = tmp_path / "out"
+    argv = [
+        "compare",
+        "--methods",
+        "full",
+        "speckv",
+        "--budgets",
+        "25%",
+        "--tasks",
+        "needle",
+        "--lengths",
+        "96",
+        "--count",
+        "2",
+        "--batch",
+        "2",
+    ]
+    assert cli.main([*argv, "--new", "2", "--out", str(out)]) == 0
+    assert "speckv has window=" in capsys.readouterr().out
+    document = json.loads((out / "compare.json").read_text())
+    assert [r["method"].partition(":")[0] for r in document["rows"]] == ["full", "speckv"] and document["rows"][1]["kept"] < 30
+
+
 def test_compare(model, tmp_path, capsys):
     out = tmp_path / "deep" / "out"
     argv = ["compare", "--model", model, "--methods", "full", "snapkv", "--budgets", "50%", "20%", "--tasks", "needle", "perplexity"]
@@ -101,6 +131,10 @@ def test_compare(model, tmp_path, capsys):
         (["generate", "--prompt", "", "--model", "MODEL"], "the prompt is empty"),
         (["generate", "--prompt", "x", "--model", "MODEL", "--temperature", "-1"], "temperature=-1"),
         (["generate", "--prompt", "x", "--model", "MODEL", "--new", "0"], "new must be >= 1"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--methods", "speckv", "--budget", "64"], "speckv needs a draft model"),
+        (["generate", "--prompt", "x", "--model", "MODEL", "--draft", "/no/such/place"], "no checkpoint at /no/such/place"),
+        (["generate", "--chat", "--draft", "MODEL"], "leave --draft out"),
+        (["compare", "--model", "MODEL", "--methods", "speckv"], "speckv needs a draft model with the same token ids"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(argv, message, model, tmp_path, capsys, monkeypatch):

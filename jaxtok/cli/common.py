@@ -32,6 +32,14 @@ class Common:
         raise NotImplementedError
 
 
+def load_draft(name: str | None, model: str) -> Any:
+    """(cfg, params) of the draft that was named, else of the embedded model's own, else None."""
+    from jaxtok.models import load
+
+    name = load.DRAFT if name is None and model == EMBEDDED else name
+    return None if name is None else load.load(name)[:2]
+
+
 def console(least: int = 100) -> Any:
     """A rich console, at least so wide."""
     from rich.console import Console

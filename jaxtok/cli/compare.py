@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import time
 
-from jaxtok.cli.common import EMBEDDED, Common, console, load_model
+from jaxtok.cli.common import EMBEDDED, Common, console, load_draft, load_model
 
 ALL = "all"
 # the ten methods that the library began with and the wrapper over heads; `--methods all` takes whatever is registered
@@ -27,6 +27,9 @@ class Compare(Common):
     .jsonl files."""
     model: str = EMBEDDED
     """A Hugging Face directory or hub id, a llama2.c .bin file or directory, or `embedded`, the model of the package."""
+    draft: str | None = None
+    """A smaller model with the same tokens, as --model, for the methods that look at a draft of the answer; default: that of the embedded
+    model where that is the model."""
     query_aware: bool = False
     """Compress after the question was seen, instead of before."""
     out: str = "jaxtok-compare"
@@ -68,11 +71,13 @@ class Compare(Common):
         out = pathlib.Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
         smallest = compare.smallest(options)
-        good, notes = compare.fitted(unnamed, cfg, smallest, leave_out=True)
-        more, remarks = compare.fitted(named, cfg, smallest, leave_out=False)
+        draft = load_draft(self.draft, self.model)
+        small = None if draft is None else draft[0]
+        good, notes = compare.fitted(unnamed, cfg, smallest, leave_out=True, draft=small)
+        more, remarks = compare.fitted(named, cfg, smallest, leave_out=False, draft=small)
         options, notes = dataclasses.replace(options, methods=(*good, *more)), [*notes, *remarks]
         with report.bar("compare") as progress:
-            result = compare.run(cfg, params, tokenizer, options, progress)
+            result = compare.run(cfg, params, tokenizer, options, progress, draft)
             made = [
                 figures.pareto(result.rows, out / "pareto.png"),
                 figures.needles(result.rows, out / "needles.png"),
@@ -81,7 +86,7 @@ class Compare(Common):
             ]
         notes = [*notes, *result.notes]
         document = {
-            "options": {**dataclasses.asdict(options), "model": self.model, "import": self.import_},
+            "options": {**dataclasses.asdict(options), "model": self.model, "draft": self.draft, "import": self.import_},
             "machine": report.machine(),
             "config": dataclasses.asdict(cfg),
             "seconds": round(time.perf_counter() - start, 1),

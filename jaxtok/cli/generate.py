@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 
-from jaxtok.cli.common import EMBEDDED, Common, load_model
+from jaxtok.cli.common import EMBEDDED, Common, load_draft, load_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,9 @@ class Generate(Common):
     """One text or several, which then run as one batch; - reads one from standard input. In a chat: what you say, turn by turn."""
     model: str = EMBEDDED
     """A Hugging Face directory or hub id, a llama2.c .bin file or directory, or `embedded`, the model of the package."""
+    draft: str | None = None
+    """A smaller model with the same tokens, as --model, for the methods that look at a draft of the answer; default: that of the embedded
+    model where that is the model."""
     methods: tuple[str, ...] = ("full",)
     """Such as snapkv:window=32 or ada_kv:base=k_norm; each continues all prompts."""
     budget: str = "50%"
@@ -42,6 +45,8 @@ class Generate(Common):
 
     def run(self) -> None:
         if self.chat:
+            if self.draft is not None:
+                raise ValueError("a chat has no method that looks at a draft; leave --draft out")
             from jaxtok.cli import chat
 
             return chat.run(self)
@@ -55,7 +60,8 @@ class Generate(Common):
 
         from jaxtok.core.registry import parse_budget
         from jaxtok.core.types import live_count
-        from jaxtok.decode import Sampler, generate, reread
+        from jaxtok.decode import Sampler, generate, prefill, reread
+        from jaxtok.decode.prefill import check_draft
         from jaxtok.evals import cases, heads, measure
         from jaxtok.models import text
 
@@ -70,14 +76,19 @@ class Generate(Common):
             raise ValueError("the prompt is empty and the model has no token that begins a text; give a prompt")
         ids, live = map(jnp.asarray, text.pad(encoded, bucket=cases.BUCKET))
         capacity, found = cases.slots(size, ids.shape[1]), []
+        draft = load_draft(self.draft, self.model)
         for spec in self.methods:
             heads.validate(spec, capacity, cfg, measure.recipe_of)
+            if not heads.told_apart(spec):
+                check_draft(cfg, measure.recipe_of(spec, capacity), draft)
         splits = heads.Splits(cfg, params, tokenizer)
+        small, draft_params = draft or (None, None)
 
-        def run(recipe, params, ids, live, key):
+        def run(recipe, params, draft_params, ids, live, key):
             keep, after = measure.keeps(recipe, cases.keep(size, live), capacity)
             ask = reread.request(tokenizer.encode)
-            tokens, layers = reread.prefill(cfg, params, ids, live, recipe, new=self.new, ask=ask, keep=keep, key=key)
+            given = None if small is None else (small, draft_params)
+            tokens, layers = prefill(cfg, params, ids, live, recipe, new=self.new, draft=given, ask=ask, keep=keep, key=key)
             out = generate(cfg, params, tokens, layers, recipe, new=self.new, sampler=sampler, key=key, keep=after)
             return out.ids, out.count, jnp.mean(heads.average(layers, lambda part: live_count(part.pos)))
 
@@ -86,7 +97,7 @@ class Generate(Common):
             recipe, full = splits.at(spec, capacity, ids.shape[1]) if apart else (measure.recipe_of(spec, capacity), params)
             own = recipe.init_params(jax.random.key(self.seed), cfg)
             full = full | {"methods": own} if jax.tree.leaves(own) else full
-            said, count, kept = jax.jit(run, static_argnums=0)(recipe, full, ids, live, jax.random.key(self.seed))
+            said, count, kept = jax.jit(run, static_argnums=0)(recipe, full, draft_params, ids, live, jax.random.key(self.seed))
             for i, (prompt, row) in enumerate(zip(prompts, np.asarray(said), strict=True)):
                 row = [int(t) for t in row[: int(count[i])] if int(t) not in cfg.eos]
                 whole = tokenizer.decode([*encoded[i], *row])

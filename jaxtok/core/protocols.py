@@ -21,6 +21,8 @@ class Method:
     name: ClassVar[str]
     paper: ClassVar[str]
     site: ClassVar[str]
+    passes: ClassVar[str] = ""  # the function that prefills with it, where one pass over the prompt is not enough
+    drafts: ClassVar[bool] = False  # that function has a draft model continue the prompt, by the method's `look` tokens
 
     @property
     def needs(self) -> Needs:
@@ -59,7 +61,6 @@ class CacheCompressor(Method):
     groups: ClassVar[int] = 1  # head groups that it tells apart; more than one goes with Recipe.heads
     rotates: ClassVar[bool] = False  # turns stored keys in `compress`, so its plan alone is not the method
     edits: ClassVar[bool] = False  # changes the values that stay in `compress`, so its plan alone is not the method
-    passes: ClassVar[str] = ""  # the function that prefills with it, where one pass over the prompt is not enough
     reads_rotated: ClassVar[bool] = False  # compares with rotated keys
     shares: ClassVar[bool] = False  # a wrapper that decides how many of its base's best each head keeps, and nothing else
     capacity: int
@@ -231,10 +232,18 @@ class Attention(Method):
 
 
 class PromptMethod(Method):
-    """Site prompt: shortens token ids before the model; `apply_fn` runs a draft or the model itself."""
+    """Site prompt: which tokens of a prompt the model gets at all, numbered anew from 0; `decode.prefill` asks it."""
 
-    def run(self, params, apply_fn, ids: Int[Array, "b n"], live: Array) -> tuple[Array, Array]:
-        raise NotImplementedError(f"{type(self).__name__} must return ids and their liveness")
+    passes: ClassVar[str] = "decode.prefill"
+    capacity: int
+
+    def run(self, params, look, ids: Int[Array, "b n"], live: Bool[Array, "b n"], keep=None) -> Plan:
+        """The plan [b m] for packed ids, m = min(capacity, n), with at most `keep` live rows.
+
+        look(ids, live, rows) -> tuple of f32 [b h rows n]: attention of the last `rows` tokens in the model's last layer; where it `drafts`,
+        in each layer of the draft, with the rows of the `look` tokens that it goes on with after them.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say which tokens stay")
 
 
 class LayerEdit(Method):

@@ -83,8 +83,18 @@ class Recipe:
 
     @property
     def passes(self) -> tuple[str, str] | None:
-        """(method, function) where the cache's method, or one that it holds, takes a prefill of its own."""
-        return next(((m.name, m.passes) for site in (self.cache, self.policy) for m in _held(site) if m.passes), None)
+        """(method, function) where the prompt's method, the cache's or one that it holds takes a prefill of its own."""
+        return next(((m.name, m.passes) for m in _early(self) if m.passes), None)
+
+    @property
+    def look(self) -> int | None:
+        """Tokens that a draft model continues the prompt by, for the methods that look at them; None = no draft is needed."""
+        return max((getattr(m, "look") for m in _early(self) if m.drafts), default=None)  # noqa: B009  (a field of these methods alone)
+
+    @property
+    def drafts(self) -> str | None:
+        """The first method that needs a draft model."""
+        return next((m.name for m in _early(self) if m.drafts), None)
 
     def validate(self, cfg) -> None:
         """ValueError where a combination cannot work on a model of configuration `cfg`."""
@@ -105,7 +115,7 @@ class Recipe:
             if method.at != "block":
                 raise ValueError(f"{method.name} acts at {method.at!r}; a decoder takes methods that act at 'block'")
         self._validate_heads(cfg)
-        for site in ("prompt", "sparsify", "attention", "edits"):
+        for site in ("sparsify", "attention", "edits"):
             if getattr(self, site):
                 raise ValueError(f"the decoder does not take a method at site {site!r} yet")
         raw = (self.policy is not None and self.policy.raw) or (self.reader is not None and self.reader.raw)
@@ -151,6 +161,14 @@ class Recipe:
             raise ValueError(f"{self.reader.name} attends by itself and knows slots by where they were written; use no policy beside it")
         if self.reader is not None and groups > 1:
             raise ValueError(f"{self.reader.name} reads caches of one head group; Recipe.heads splits them into {groups}")
+
+
+def _early(recipe: Recipe):
+    """What acts on a prompt as a whole: the prompt's method, the compressor and those that it holds."""
+    if recipe.prompt is not None:
+        yield recipe.prompt
+    yield from _held(recipe.cache)
+    yield from _held(recipe.policy)
 
 
 def _held(method):

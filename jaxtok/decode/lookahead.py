@@ -25,6 +25,12 @@ class Ahead(NamedTuple):
     draft: Array  # i32 [b look]; -1 behind the end of a sequence
 
 
+def same_ids(cfg: Config, draft: Config) -> None:
+    """ValueError unless a draft has as many token ids as the model."""
+    if draft.vocab != cfg.vocab:
+        raise ValueError(f"the draft has {draft.vocab} token ids and the model {cfg.vocab}; they must share a tokenizer")
+
+
 def look_ahead(
     cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, *, look: int, impl: str = "auto"
 ) -> Int[Array, "b look"]:
@@ -47,11 +53,13 @@ def prefill_lookahead(
     new: int,
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
+    ahead: Int[Array, "b look"] | None = None,
     impl: str = "auto",
 ) -> Ahead:
     """Prefill with the queries of a draft of the next `look` tokens in sight, compress by what they and the prompt's end look at (SpecKV).
 
-    draft: (configuration, parameters) of any model with the target's token ids; it continues the prompt greedily. Evidence `rows` has the
+    draft: (configuration, parameters) of any model with the target's token ids; it continues the prompt greedily. `ahead`: a continuation
+    that is known already, as `look_ahead` returns it, in the place of the draft's (SpecKV-PC: that of the prompt before it was cut). Evidence `rows` has the
     last queries of the prompt and those of the draft, each over the keys that it sees. The draft and the prompt's last token leave no keys
     in what is compressed; then the last token is run on the compressed caches, as the first input of the generation. One compiled program.
 
@@ -61,8 +69,9 @@ def prefill_lookahead(
     check.count("look", look, 0)
     if recipe.cache is None or recipe.layers or recipe.policy is not None or (recipe.reader is not None and recipe.reader.raw):
         raise ValueError("prefill_lookahead takes a recipe with a method at site cache, and no pruning, step policy or raw keys beside it")
-    if draft[0].vocab != cfg.vocab:
-        raise ValueError(f"the draft has {draft[0].vocab} token ids and the model {cfg.vocab}; they must share a tokenizer")
+    same_ids(cfg, draft[0])
+    if ahead is not None and ahead.shape != (ids.shape[0], look):
+        raise ValueError(f"ahead is {list(ahead.shape)} for {ids.shape[0]} prompts and a look of {look}; it must be [b look]")
     needs = recipe.cache.needs
     if needs._replace(rows=0, weights=()) != Needs() or needs.rows <= look + 1:
         raise ValueError(f"{recipe.cache.name} asks for {needs}; a look-ahead of {look} gives rows, more than {look + 1} of them")
@@ -70,7 +79,7 @@ def prefill_lookahead(
     live = jnp.ones(ids.shape, bool) if live is None else live
     packed = pack(live)
     ids, there = gather(ids, packed.index), packed.index >= 0
-    ahead = look_ahead(*draft, ids, there, look=look, impl=impl)
+    ahead = look_ahead(*draft, ids, there, look=look, impl=impl) if ahead is None else ahead
     before = needs._replace(rows=needs.rows - look - 1)
     tokens = decoder.embed(cfg, params, ids[:, :-1], there[:, :-1])
     _, layers, first = decoder.survey(cfg, params, tokens, before, key=key, impl=impl)

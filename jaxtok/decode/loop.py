@@ -150,6 +150,8 @@ def prefill_chunked(
     ):
         raise ValueError(f"{recipe.cache.name} needs more of the prompt than its last chunk of {chunk} rows; prefill it at once")  # type: ignore[union-attr]
     recipe.validate(cfg)
+    if recipe.passes:
+        raise ValueError(f"{recipe.passes[0]} needs more than one pass over the prompt; use {recipe.passes[1]}")
     if recipe.layers:
         raise ValueError("pruning between layers takes the whole prompt; prefill it at once")
     if recipe.reader is not None and recipe.reader.raw and not read and not (recipe.policy is not None and recipe.policy.raw):

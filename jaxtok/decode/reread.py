@@ -27,13 +27,6 @@ def request(encode: Callable[..., list[int]]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(encode(x, special=False)) for name, x in text.items()}
 
 
-def prefill(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None, recipe: Recipe, *, new: int, ask=None, **options):
-    """`embed` and the prefill that the recipe takes: `prefill_reread` with the options in `ask`, or the decoder's. Same returns."""
-    if recipe.passes and recipe.passes[1] == "decode.prefill_reread":
-        return prefill_reread(cfg, params, ids, live, recipe, new=new, **(ask or {}), **options)
-    return decoder.prefill(cfg, params, decoder.embed(cfg, params, ids, live), recipe, new=new, **options)
-
-
 def prefill_reread(
     cfg: Config,
     params,

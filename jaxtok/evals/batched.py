@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.registry import parse_budget
-from jaxtok.decode import Sampler, reread, turns
+from jaxtok.decode import Sampler, prefill, reread, turns
+from jaxtok.decode.prefill import Draft, check_draft
 from jaxtok.evals import cases, measure
 from jaxtok.evals.cases import Rows
 from jaxtok.models import blocks, decoder
@@ -78,6 +79,7 @@ class Model:
     budget: str = "100%"
     batch: int = 16
     seed: int = 0
+    draft: Draft | None = None  # a model with the same token ids, for methods that look at a draft of the answer
     encode: Callable[..., list[int]] | None = None  # text to ids: for methods that read the prompt twice and ask for it in words
     sizes: set = dataclasses.field(default_factory=set)  # the shapes that were compiled
 
@@ -86,6 +88,7 @@ class Model:
             raise ValueError(f"batch must be >= 1, got {self.batch}")
         recipe, _, _ = self.recipe(1 << 20)  # what is wrong at any length
         recipe.validate(self.cfg)
+        check_draft(self.cfg, recipe, self.draft)
 
     def recipe(self, n: int) -> tuple[Recipe, float | int | None, int]:
         """(recipe for contexts of up to n tokens, budget, slots); a recipe that was given has no budget of its own."""
@@ -116,7 +119,9 @@ class Model:
             recipe, keep, after = self._at(n, rows)
             params = self._learned(recipe)
             key = jax.random.key(self.seed)
-            total, greedy = map(np.asarray, program(self.cfg, recipe, self._ask(), params, rows, ids, live, keep, after, key))
+            total, greedy = map(
+                np.asarray, program(self.cfg, recipe, self._ask(), *self._drafted(recipe), params, rows, ids, live, keep, after, key)
+            )
             out |= {i: (float(total[j]), bool(greedy[j])) for j, i in enumerate(mine)}
             tick(len(mine))
         return [out[i] for i in range(len(requests))]
@@ -137,14 +142,23 @@ class Model:
         for mine, (n, _, t), rows in self._batches([prompt for prompt, _ in requests], [new for _, new in requests]):
             recipe, keep, after = self._at(n, rows)
             params, key = self._learned(recipe), jax.random.key(self.seed)
-            x, layers = _begin_jit(self.cfg, recipe, self._ask(), t, params, rows, keep, after, key)
+            x, layers = _begin_jit(self.cfg, recipe, self._ask(), *self._drafted(recipe), t, params, rows, keep, after, key)
             running = np.arange(self.batch) < len(mine)
             said: Any = turns.Said.start(x)._replace(running=jnp.asarray(running))
             ids, most = [[] for _ in mine], [requests[i][1] for i in mine]
             while running.any():
                 left = jnp.asarray(max(most) - int(said.count), jnp.int32)
                 some, said, layers = _speak_jit(
-                    self.cfg, params, said, layers, recipe.replace(cache=None), most=BLOCK, left=left, sampler=sampler, key=key, keep=after
+                    self.cfg,
+                    params,
+                    said,
+                    layers,
+                    recipe.replace(prompt=None, cache=None),
+                    most=BLOCK,
+                    left=left,
+                    sampler=sampler,
+                    key=key,
+                    keep=after,
                 )
                 running = np.array(said.running)
                 for j, row in enumerate(np.asarray(some)[: len(mine)]):
@@ -162,6 +176,9 @@ class Model:
 
     def _ask(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         return () if self.encode is None else tuple(reread.request(self.encode).items())
+
+    def _drafted(self, recipe: Recipe) -> tuple[Config | None, Any]:
+        return (None, None) if self.draft is None or recipe.drafts is None else self.draft
 
     def _learned(self, recipe: Recipe) -> Any:
         own = recipe.init_params(jax.random.key(self.seed), self.cfg)
@@ -190,12 +207,15 @@ def up(n: int) -> int:
     return size * 3 // 4 if size > cases.BUCKET and n <= size * 3 // 4 else size
 
 
-def _begin(cfg: Config, recipe: Recipe, again, room: int, params, rows: Rows, keep, after, key) -> tuple[Any, Any]:
-    """(the row whose logits say what comes first, caches with `room` slots); `again`: options of a prefill that reads twice."""
-    new = measure.ahead(recipe, rows, room)
-    tokens, layers = reread.prefill(cfg, params, rows.ids, rows.live, recipe, new=new, ask=dict(again), keep=keep, key=key)
+def _begin(cfg: Config, recipe: Recipe, again, small: Config | None, draft, room: int, params, rows: Rows, keep, after, key):
+    """(the row whose logits say what comes first, caches with `room` slots); `again`: options of a prefill that reads twice, `small` and
+    `draft`: configuration and parameters of a draft model."""
+    new, given = measure.ahead(recipe, rows, room), None if small is None else (small, draft)
+    tokens, layers = prefill(cfg, params, rows.ids, rows.live, recipe, new=new, draft=given, ask=dict(again), keep=keep, key=key)
     if rows.ask is not None:
-        tokens, layers = measure._ask(cfg, recipe.replace(cache=None), room, params, rows.ask, rows.ask_live, layers, after, key)
+        tokens, layers = measure._ask(
+            cfg, recipe.replace(prompt=None, cache=None), room, params, rows.ask, rows.ask_live, layers, after, key
+        )
     return tokens.x[:, -1:], layers
 
 
@@ -206,8 +226,8 @@ def _likelihood(cfg: Config, params, x, ids) -> tuple[Any, Any]:
     return logp, jnp.argmax(logits, -1) == ids
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _score_at_once(cfg: Config, recipe: Recipe, again, params, rows: Rows, ids, live, keep, after, key):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _score_at_once(cfg: Config, recipe: Recipe, again, small, draft, params, rows: Rows, ids, live, keep, after, key):
     """The whole in one pass, without a method: the last `live` ids of each row are the continuation, `ids` repeats them (left-padded)."""
     tokens = decoder.embed(cfg, params, rows.ids, rows.live)
     tokens, _ = decoder.prefill(cfg, params, tokens, recipe, new=0)
@@ -217,11 +237,11 @@ def _score_at_once(cfg: Config, recipe: Recipe, again, params, rows: Rows, ids, 
     return jnp.sum(jnp.where(live.T, logp, 0.0), 0), jnp.all(best | ~live.T, 0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _score_by_steps(cfg: Config, recipe: Recipe, again, params, rows: Rows, ids, live, keep, after, key):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _score_by_steps(cfg: Config, recipe: Recipe, again, small, draft, params, rows: Rows, ids, live, keep, after, key):
     """A prefill, and the continuation (right-padded) one token after another."""
-    x, layers = _begin(cfg, recipe, again, ids.shape[1], params, rows, keep, after, key)
-    later = recipe.replace(cache=None)
+    x, layers = _begin(cfg, recipe, again, small, draft, ids.shape[1], params, rows, keep, after, key)
+    later = recipe.replace(prompt=None, cache=None)
 
     def one(state, row):
         (x, layers, i), (token, alive) = state, row
@@ -235,5 +255,5 @@ def _score_by_steps(cfg: Config, recipe: Recipe, again, params, rows: Rows, ids,
     return jnp.sum(jnp.where(live.T, logp, 0.0), 0), jnp.all(best | ~live.T, 0)
 
 
-_begin_jit = jax.jit(_begin, static_argnums=(0, 1, 2, 3))
+_begin_jit = jax.jit(_begin, static_argnums=(0, 1, 2, 3, 5))
 _speak_jit = jax.jit(turns.speak, static_argnums=(0, 4), static_argnames=("most", "sampler"), donate_argnums=(3,))

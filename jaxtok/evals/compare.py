@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from jaxtok.core import registry
+from jaxtok.decode.prefill import Draft, check_draft
 from jaxtok.evals import cases, heads, perplexity, tasks
 from jaxtok.evals.measure import FULL, Work, recipe_of, site_of
 from jaxtok.models.config import Config
@@ -79,26 +80,39 @@ class Result(NamedTuple):
     notes: list[str]
 
 
-def fitted(specs: Iterable[str], cfg: Config, capacity: int, *, leave_out: bool) -> tuple[tuple[str, ...], list[str]]:
-    """Specs made to work at `capacity` on this model, and notes on what was changed or (`leave_out`) left out.
+def checked(spec: str, capacity: int, cfg: Config, draft) -> None:
+    """ValueError for what cannot work at this budget: on this model, with this draft (model or configuration)."""
+    heads.validate(spec, capacity, cfg, recipe_of)
+    if not heads.told_apart(spec):
+        check_draft(cfg, recipe_of(spec, capacity), draft)
+
+
+def fitted(
+    specs: Iterable[str], cfg: Config, capacity: int, *, leave_out: bool, draft: Config | None = None
+) -> tuple[tuple[str, ...], list[str]]:
+    """Specs made to work at `capacity` on this model (and `draft` model), and notes on what was changed or (`leave_out`) left out.
 
     Of a bare name, a window that has no room (or the sinks of a method that leaves some heads whole) is made a power of two that leaves two
     thirds of the capacity free; the new spec says so.
     Specs with options stay as they are. ValueError for what does not work, unless it may be left out.
     """
     good, notes = [], []
+
+    def works(spec: str) -> None:
+        checked(spec, capacity, cfg, draft)
+
     for spec in specs:
         if ":" in spec:
             good.append(spec)
             continue
         try:
-            heads.validate(spec, capacity, cfg, recipe_of)
+            works(spec)
             good.append(spec)
         except ValueError as e:
             size = 2 ** max(0, int(math.log2(max(1, heads.room(spec, capacity) // 3))))
             option = f"{'sinks' if heads.told_apart(spec) else 'window'}={size}"
             try:
-                heads.validate(f"{spec}:{option}", capacity, cfg, recipe_of)
+                works(f"{spec}:{option}")
                 good.append(f"{spec}:{option}")
                 notes.append(f"{spec} has {option}, so that it fits into {capacity} slots")
             except ValueError:
@@ -115,8 +129,18 @@ def smallest(options: Options) -> int:
     return min(cases.slots(registry.parse_budget(b), n) for b in options.budgets)
 
 
-def run(cfg: Config, params: Any, tokenizer: Tokenizer, options: Options, progress: Progress = lambda *_: None) -> Result:
-    """The comparison. ValueError, before anything is compiled, for what cannot work."""
+def run(
+    cfg: Config,
+    params: Any,
+    tokenizer: Tokenizer,
+    options: Options,
+    progress: Progress = lambda *_: None,
+    draft: Draft | None = None,
+) -> Result:
+    """The comparison. `draft`: a model with the same token ids, for the methods that need one.
+
+    ValueError, before anything is compiled, for what cannot work.
+    """
     named = [t for t in options.tasks if t != PERPLEXITY]
     made = [
         c
@@ -134,14 +158,14 @@ def run(cfg: Config, params: Any, tokenizer: Tokenizer, options: Options, progre
     lengths = [g.context for g in groups] + ([windows.shape[1]] if windows is not None else [])
     for spec, budget in plan:
         for n in lengths:
-            heads.validate(spec, cases.slots(registry.parse_budget(budget), n), cfg, recipe_of)
+            checked(spec, cases.slots(registry.parse_budget(budget), n), cfg, draft)
     notes = [
         f"{spec} at {budget} keeps {cases.slots(registry.parse_budget(budget), n)} slots of a context of {n}"
         for spec, budget in plan
         for n in lengths
         if cases.slots(registry.parse_budget(budget), n) > n
     ]
-    work = Work(cfg, params, tokenizer, options.batch, options.repeats, options.seed)
+    work = Work(cfg, params, tokenizer, options.batch, options.repeats, options.seed, draft)
     units = [(g, spec, budget) for g in groups for spec, budget in plan]
     total, rows, kept = 2 * (len(units) + len(groups)) + len(plan) * (windows is not None), [], []
     tick = _Counter(progress, total)

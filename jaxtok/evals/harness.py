@@ -45,6 +45,8 @@ class Harness(TemplateLM):
     model: a Hugging Face directory or hub id, a llama2.c .bin file, or "embedded", the model of the package.
     method: a spec such as "snapkv:window=32" (";" for "," in a command line), or a Recipe. budget: slots a KV head that a spec's method
         keeps, a number or a share of each prompt ("25%").
+    draft: a smaller model with the same tokens, named as `model`, for methods that look at a draft of the answer; None = that of the embedded
+        model where that is the model.
     question: where in a prompt the question begins, at the last place where this text stands ("\\n": the last line): it is read after the
         method has acted. None: the method has seen all of the prompt.
     batch_size: rows of a batch. max_length: tokens of prompt and continuation, longer prompts lose their beginning (a warning counts
@@ -62,6 +64,7 @@ class Harness(TemplateLM):
         method: str | Recipe = measure.FULL,
         budget: str | int = "50%",
         *,
+        draft: str | None = None,
         question: str | None = None,
         batch_size: int | str = 16,
         max_length: int | None = None,
@@ -74,7 +77,7 @@ class Harness(TemplateLM):
     ):
         super().__init__()
         if unknown:
-            known = "model, method, budget, question, batch_size, max_length, max_gen_toks, seed, imports"
+            known = "model, method, budget, draft, question, batch_size, max_length, max_gen_toks, seed, imports"
             raise ValueError(f"the model jaxtok has no argument {', '.join(unknown)}; it has {known}")
         if not str(batch_size).isdigit():
             raise ValueError(f"batch_size={batch_size!r} must be a number")
@@ -84,9 +87,11 @@ class Harness(TemplateLM):
         if tokenizer is None:
             raise ValueError(f"{model} has no tokenizer (tokenizer.json, or tokenizer.bin beside a llama2.c file)")
         method = method.replace(";", ",") if isinstance(method, str) else method
+        draft = load.DRAFT if draft is None and model == load.EMBEDDED else draft
         self.model = batched.Model(
-            cfg=cfg, params=params, method=method, budget=str(budget), batch=int(batch_size), seed=seed, encode=tokenizer.encode
-        )
+            cfg=cfg, params=params, method=method, budget=str(budget), batch=int(batch_size), seed=seed, encode=tokenizer.encode,
+            draft=None if draft is None else load.load(draft)[:2],
+        )  # fmt: skip
         self.text, self.name, self.question, self.max_gen_toks = tokenizer, model, question, max_gen_toks
         self.max_length = cfg.context if max_length is None else max_length
 
@@ -148,9 +153,10 @@ class Harness(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of max_length; see the class for what it refuses."""
         recipe = self.model.recipe(self.max_length)[0]
-        if recipe.cache is not None:
+        early = recipe.cache if recipe.prompt is None else recipe.prompt
+        if early is not None:
             raise ValueError(
-                f"loglikelihood_rolling scores all of a text and leaves {recipe.cache.name} no prompt to compress; take a step policy or a "
+                f"loglikelihood_rolling scores all of a text and leaves {early.name} no prompt to compress; take a step policy or a "
                 "reader, or jaxtok compare --tasks perplexity"
             )
         windows, of = [], []

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtok.core import registry
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import live_count
-from jaxtok.decode import generate, replay, reread
+from jaxtok.decode import generate, prefill, replay, reread
+from jaxtok.decode.prefill import Draft
 from jaxtok.evals import agreement, cases, heads, perplexity, tasks
 from jaxtok.evals.cases import Group, Rows
 from jaxtok.evals.programs import Program, Programs, nbytes, timed
@@ -23,7 +24,7 @@ from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN
 from jaxtok.models.text import Tokenizer
 
-SITES = ("cache", "policy", "reader")
+SITES = ("prompt", "cache", "policy", "reader")
 FULL = "full"
 
 
@@ -52,6 +53,7 @@ class Used(NamedTuple):
     recipe: Recipe
     capacity: int
     params: Any
+    draft: Any  # a draft model's parameters; None where the recipe does without
     prefill: Program
     ask: Program | None  # the question after it; None when the prefill has it
     decode: Program
@@ -69,7 +71,7 @@ class Reference(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Work:
-    """A model, and how it is measured: rows in a batch, timed runs."""
+    """A model, and how it is measured: rows in a batch, timed runs, the draft model of the methods that need one."""
 
     cfg: Config
     params: Any
@@ -77,6 +79,7 @@ class Work:
     batch: int
     repeats: int
     seed: int
+    draft: Draft | None = None
     programs: Programs = dataclasses.field(default_factory=Programs)
 
     def __post_init__(self):
@@ -93,16 +96,23 @@ class Work:
         own = recipe.init_params(self.key, self.cfg)
         return recipe, capacity, params | {"methods": own} if jax.tree.leaves(own) else params
 
+    def draft_of(self, recipe: Recipe) -> tuple[Config | None, Any]:
+        """The draft model, where the recipe looks at one."""
+        return (None, None) if self.draft is None or recipe.drafts is None else self.draft
+
     def programs_of(self, g: Group, spec: str, budget: str) -> Used:
         """What a method at a budget runs on the shapes of a group; compiled unless they are there already."""
         size = registry.parse_budget(budget)
         recipe, capacity, params = self.settled(spec, budget, g.context)
-        later = recipe.replace(cache=None)
+        later = recipe.replace(prompt=None, cache=None)
+        small, draft = self.draft_of(recipe)
         _, rows = cases.batches(g, self.batch)[0]
         keep, after = keeps(recipe, cases.keep(size, rows.live), capacity)
-        fn = functools.partial(_prefill, self.cfg, recipe, g.new, reread.request(self.tokenizer.encode))
-        prefill = self.programs.get("prefill", (recipe, g.new), fn, (params, rows, keep, self.key))
-        tokens, layers, *_ = prefill.out
+        fn = functools.partial(_prefill, self.cfg, recipe, g.new, reread.request(self.tokenizer.encode), small)
+        begin = self.programs.get(
+            "prefill", (recipe, g.new), fn, (params, draft, rows, keep, self.key), trips=max((recipe.look or 0) - 1, 0)
+        )
+        tokens, layers, *_ = begin.out
         ask = None
         if rows.ask is not None:
             fn = functools.partial(_ask, self.cfg, later, g.new)
@@ -115,11 +125,11 @@ class Work:
         live = jax.ShapeDtypeStruct(ids.shape, jnp.bool)
         logits = jax.ShapeDtypeStruct((g.new, self.batch, self.cfg.vocab), jnp.float32)
         compare = self.programs.get("compare", later, functools.partial(_compare, self.cfg, later), (*state, ids, live, logits))
-        return Used(recipe, capacity, params, prefill, ask, decode, compare, nbytes(layers))
+        return Used(recipe, capacity, params, draft, begin, ask, decode, compare, nbytes(layers))
 
     def begin(self, used: Used, rows: Rows, keep: Any, after: Any) -> tuple[Any, ...]:
         """(tokens, caches, kept slots, where they are) when the question has been read."""
-        tokens, layers, count, where = used.prefill.call(used.params, rows, keep, self.key)
+        tokens, layers, count, where = used.prefill.call(used.params, used.draft, rows, keep, self.key)
         if used.ask is not None:
             tokens, layers = used.ask.call(used.params, rows.ask, rows.ask_live, layers, after, self.key)
         return tokens, layers, count, where
@@ -197,9 +207,8 @@ class Work:
         """The row of a method at a budget on running text: nll in nats a token and its exponential."""
         n = windows.shape[1]
         recipe, capacity, params = self.settled(spec, budget, n)
-        nll, kept, lost, program = perplexity.measure(
-            self.cfg, params, recipe, windows, skip=skip, batch=self.batch, key=self.key, programs=self.programs
-        )
+        options: dict[str, Any] = dict(skip=skip, batch=self.batch, key=self.key, programs=self.programs, draft=self.draft)
+        nll, kept, lost, program = perplexity.measure(self.cfg, params, recipe, windows, **options)
         return {
             "method": spec,
             "budget": budget,
@@ -218,7 +227,7 @@ class Work:
 
 def keeps(recipe: Recipe, share: jax.Array | None, capacity: int) -> tuple[dict[str, jax.Array] | None, dict[str, jax.Array] | None]:
     """Traced budgets of the prefill, and of the steps that follow."""
-    site = "cache" if recipe.cache is not None else "policy" if recipe.policy is not None else None
+    site = next((name for name in ("prompt", "cache", "policy") if getattr(recipe, name) is not None), None)
     if site is None or share is None or recipe.heads:  # of head groups each has slots of its own
         return None, None
     keep = {site: jnp.minimum(share, capacity)}
@@ -280,9 +289,11 @@ def _map(spec: str, budget: str, case, where: np.ndarray, n: int) -> dict[str, A
 # --- what is compiled -------------------------------------------------------------------------------------------------
 
 
-def _prefill(cfg: Config, recipe: Recipe, new: int, ask: Mapping[str, Any], params, rows: Rows, keep, key):
+def _prefill(cfg: Config, recipe: Recipe, new: int, ask: Mapping[str, Any], small: Config | None, params, draft, rows: Rows, keep, key):
     """(tokens cut to the last row or None, caches, kept slots [b], share of layers and heads that kept each position [b n])."""
-    tokens, layers = reread.prefill(cfg, params, rows.ids, rows.live, recipe, new=ahead(recipe, rows, new), ask=ask, keep=keep, key=key)
+    given: Any = None if small is None else (small, draft)
+    room = ahead(recipe, rows, new)
+    tokens, layers = prefill(cfg, params, rows.ids, rows.live, recipe, new=room, draft=given, ask=ask, keep=keep, key=key)
     pos = [part.pos for parts in layers for part in parts]
     heads = sum(p.shape[1] for p in pos)
     count = sum(jnp.sum(live_count(p), -1) for p in pos).astype(jnp.float32) / heads  # type: ignore[union-attr]
@@ -291,8 +302,14 @@ def _prefill(cfg: Config, recipe: Recipe, new: int, ask: Mapping[str, Any], para
     for p in pos:
         p = p.reshape(b, -1)
         where = where.at[jnp.arange(b)[:, None], jnp.where((p < 0) | (p > n), n, p)].add(1.0)
+    where = where[:, :n] / heads
+    if recipe.prompt is not None:  # positions in the caches are those of the short prompt
+        there, order = tokens.source >= 0, jnp.where(rows.live, jnp.cumsum(rows.live, -1, dtype=jnp.int32) - 1, n)
+        short = jnp.take_along_axis(tokens.pos, jnp.maximum(tokens.source, 0), 1)
+        share = jnp.where(there, jnp.take_along_axis(where, jnp.clip(short, 0, n - 1), 1), 0.0)
+        where = jnp.zeros((b, n + 1), jnp.float32).at[jnp.arange(b)[:, None], order].set(share)[:, :n]
     # where a question follows, nothing reads the rows after the last layer, and the compiler drops their MLP
-    return _last(tokens) if rows.ask is None else None, layers, count, where[:, :n] / heads
+    return _last(tokens) if rows.ask is None else None, layers, count, where
 
 
 def ahead(recipe: Recipe, rows: Rows, new: int) -> int:

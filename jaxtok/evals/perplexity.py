@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import live_count
-from jaxtok.decode import reread
+from jaxtok.decode import prefill
+from jaxtok.decode.prefill import Draft
 from jaxtok.evals import heads, tasks
 from jaxtok.evals.programs import Program, Programs
 from jaxtok.models import blocks, decoder
@@ -62,31 +63,39 @@ def measure(
     batch: int = 16,
     key: Array | None = None,
     programs: Programs | None = None,
+    draft: Draft | None = None,
 ) -> tuple[Float[np.ndarray, " w"], Float[np.ndarray, " w"], Float[np.ndarray, " w"], Program]:
-    """(NLL a token of each window, live slots a layer and head at its end, rows without room a layer and head, the program)."""
+    """(NLL a token of each window, live slots a layer and head at its end, rows without room a layer and head, the program).
+
+    `draft`: a model with the same token ids, for the methods that need one.
+    """
     w, n = ids.shape
     if not 0 < skip < n:
         raise ValueError(f"skip={skip} must be from 1 to {n - 1}, inside the windows of {n} tokens")
     programs, key = Programs() if programs is None else programs, jax.random.key(0) if key is None else key
+    small, draft_params = (None, None) if draft is None or recipe.drafts is None else draft
     found = []
     program = None
     for i in range(0, w, batch):
         rows = jnp.asarray(ids[i : i + batch])
-        fn = functools.partial(nll, cfg, recipe, skip)
-        program = programs.get("nll", (recipe, skip), fn, (params, rows, key))
-        found.append([np.asarray(x) for x in program.call(params, rows, key)])
+        fn = functools.partial(nll, cfg, recipe, skip, small)
+        program = programs.get("nll", (recipe, skip), fn, (params, draft_params, rows, key))
+        found.append([np.asarray(x) for x in program.call(params, draft_params, rows, key)])
     if program is None:
         raise ValueError(f"no windows to measure: ids have shape {ids.shape}")
     score, kept, lost = (np.concatenate(x) for x in zip(*found, strict=True))
     return score, kept, lost, program
 
 
-def nll(cfg: Config, recipe: Recipe, skip: int, params: Any, ids: Int[Array, "b n"], key: Array) -> tuple[Array, Array, Array]:
-    """(NLL a token, live slots and lost rows a layer and head), each f32 [b]. `recipe` and `skip` are static."""
+def nll(
+    cfg: Config, recipe: Recipe, skip: int, small: Config | None, params: Any, draft: Any, ids: Int[Array, "b n"], key: Array
+) -> tuple[Array, Array, Array]:
+    """(NLL a token, live slots and lost rows a layer and head), each f32 [b]. Static: `recipe`, `skip`, `small` (a draft's configuration)."""
     n = ids.shape[1]
     first = 1 if recipe.policy is not None else skip
-    tokens, layers = reread.prefill(cfg, params, ids[:, :first], None, recipe, new=n - first, key=key)
-    later = recipe.replace(cache=None)
+    given: Any = None if small is None else (small, draft)
+    tokens, layers = prefill(cfg, params, ids[:, :first], None, recipe, new=n - first, draft=given, key=key)
+    later = recipe.replace(prompt=None, cache=None)
 
     def one(state, row):
         x, layers = state

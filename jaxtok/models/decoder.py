@@ -17,7 +17,7 @@ from jaxtok.core.reduce import gather, reduce
 from jaxtok.core.segments import sentences
 from jaxtok.core.select import pack
 from jaxtok.core.types import KV, Evidence, Needs, Part, Tokens
-from jaxtok.models import blocks, cached
+from jaxtok.models import blocks, cached, steps
 from jaxtok.models.config import Config
 
 Layers = tuple[tuple[Part, ...], ...]
@@ -173,6 +173,14 @@ def probe(
     return tuple(out)
 
 
+def last_rows(cfg: Config, params, tokens: Tokens, rows: int, *, layer: int = -1, impl: str = "auto") -> Float[Array, "b h w n"]:
+    """Attention of the last `rows` tokens in one layer, float32; layers before it run whole, of this one nothing but queries and keys."""
+    layer %= cfg.layers
+    for i, p in enumerate(params["layers"][:layer]):
+        tokens, _ = cached.attend_rows(cfg, p, i, tokens, None, PLAIN, Needs(), False, None, impl)
+    return cached.look_back(cfg, params["layers"][layer], layer, tokens, rows, impl)
+
+
 def _before(evidence: Evidence, slots: int) -> Evidence:
     cut = {name: getattr(evidence, name) for name in ("rows", "received", "peak", "perturbed", "cls")}
     return evidence._replace(**{name: None if x is None else x[..., :slots] for name, x in cut.items()})
@@ -253,11 +261,11 @@ def step(
         for j, part in enumerate(parts):
             heads, group = part.kv.k.shape[1], cfg.heads // cfg.kv_heads
             mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]
-            o, part, carries[j] = cached.step_part(cfg, params, i, j, part, mine, live, recipe, carries[j], keep, key, evict, impl, ids)
+            o, part, carries[j] = steps.step_part(cfg, params, i, j, part, mine, live, recipe, carries[j], keep, key, evict, impl, ids)
             attended.append(o)
             kept.append(part)
             g += heads
         o = attended[0] if len(attended) == 1 else jnp.concatenate(attended, 1)
         x = blocks.mlp(cfg, p, blocks.out_proj(cfg, p, x, o))
         out.append(tuple(kept))
-    return x, cached.finish(params, out, carries[0], recipe)
+    return x, steps.finish(params, out, carries[0], recipe)

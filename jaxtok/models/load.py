@@ -27,7 +27,7 @@ Progress = Callable[[int, int, str], None]
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CHAT_FILES = ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"]
 _HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", *_CHAT_FILES]
-EMBEDDED = "embedded"
+EMBEDDED, DRAFT = "embedded", "embedded_draft"  # the models of the package
 _SHARD_BYTES = 4 * 2**30
 MOST_NAMES = 20  # tensors that one error lists
 
@@ -43,7 +43,7 @@ def load(
 
     path: a Hugging Face directory (config.json, model.safetensors or an index and its shards, tokenizer.json), a llama2.c
     `.bin` file or a directory with one (tokenizer: tokenizer.bin or tok<vocab>.bin beside it), a hub id "owner/name"
-    (needs the `hub` extra; cached files serve offline), or "embedded", the small model of the package.
+    (needs the `hub` extra; cached files serve offline), "embedded", the small model of the package, or "embedded_draft", its draft.
     dtype: of all parameters; None = that of the checkpoint's embedding.
     sharding: where parameters go: one Sharding (or PartitionSpec, under `jax.set_mesh`) for all, or {regular expression: ...}
     searched in the path "layers/0/q", first match wins. Tensors are read one at a time: the host never holds the model twice.
@@ -70,15 +70,15 @@ def load(
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Where a checkpoint is: a local path, the model of the package for "embedded", or the local snapshot of a hub id."""
+    """Where a checkpoint is: a local path, a model of the package for "embedded" or "embedded_draft", or the local snapshot of a hub id."""
     where = pathlib.Path(os.path.expanduser(path))  # pathlib's raises for ~nobody
     if where.exists():
         return where
     name = os.fspath(path)
-    if name == EMBEDDED:
-        where = pathlib.Path(__file__).parent / EMBEDDED
+    if name in (EMBEDDED, DRAFT):
+        where = pathlib.Path(__file__).parent / name
         if not (where / "config.json").is_file():
-            raise ValueError("the embedded model is not in this installation; name another checkpoint")
+            raise ValueError(f"the model {name!r} of the package is not in this installation; name another checkpoint")
         return where
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         raise ValueError(f"no checkpoint at {name}: no such file or directory")

@@ -18,7 +18,7 @@ from jaxtok.core.reduce import gather
 from jaxtok.core.select import pack
 from jaxtok.core.types import Needs
 from jaxtok.decode.lookahead import look_ahead
-from jaxtok.models import blocks, cached, decoder
+from jaxtok.models import blocks, cached, decoder, steps
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN
 
@@ -107,7 +107,7 @@ def calibrate_layers(
         outs: list[Any] = []
         for each in (PLAIN, recipe):
             (part,) = cached.settle(cfg, params, i, found, None, each, room, None)
-            o, _, _ = cached.step_part(cfg, params, i, 0, part, blocks.qkv(cfg, p, x), alive, PLAIN, None, None, key, False, impl)
+            o, _, _ = steps.step_part(cfg, params, i, 0, part, blocks.qkv(cfg, p, x), alive, PLAIN, None, None, key, False, impl)
             outs.append(o)
         whole, less = (blocks.out_proj(cfg, p, jnp.zeros_like(x), o) for o in outs)
         errors.append(jnp.mean(length(less - whole) / (length(whole) + 1e-5)))

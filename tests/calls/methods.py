@@ -174,7 +174,28 @@ def constructor(cls: type):
     return call
 
 
-USES = {"cache": {"compress": compress}, "policy": {"fit": fit, "step": step}, "reader": {"read": read}}
+def shorten(make):
+    def build(s):
+        method = make(max(s.m, LEAST))
+
+        def fn(ids, live, table, keep):
+            def look(ids, live, rows):
+                share = jnp.where(live, jnp.clip(jnp.abs(table[ids % 16]), 0, 1), 0.0)
+                shape = (s.b, s.h, rows + getattr(method, "look", 0), ids.shape[1])
+                return (jnp.broadcast_to(share[:, None, None], shape),) * (2 if method.drafts else 1)
+
+            return method.run(learned(method), look, ids, live, keep)
+
+        def arrays(v):
+            live = np.sort(v.mask(s.b, s.n), 1)
+            return {"ids": v.ints(0, 9, s.b, s.n), "live": live, "table": v.floats(16), "keep": v.keep(s.b)}
+
+        return Case(fn, arrays)
+
+    return build
+
+
+USES = {"prompt": {"run": shorten}, "cache": {"compress": compress}, "policy": {"fit": fit, "step": step}, "reader": {"read": read}}
 
 for _name in registry.names():
     PLAIN[f"build {_name}"] = constructor(registry.get(_name))

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import Needs
-from jaxtok.decode import generate, prefill_lookahead
+from jaxtok.decode import generate, prefill, prefill_lookahead
 from jaxtok.decode.lookahead import look_ahead
 from jaxtok.methods import H2O, AdaKV, SnapKV, SpecKV
 from jaxtok.models import blocks, decoder
@@ -100,6 +100,40 @@ def test_a_short_draft_looks_at_nothing(models):
     one, three = (run(models, SpecKV(capacity=5, window=2, look=look, pool=1), (ends, small), look=look) for look in (1, LOOK))
     for (a,), (b,) in zip(one.layers, three.layers, strict=True):
         np.testing.assert_array_equal(a.kv.pos, b.kv.pos)
+
+
+def test_the_one_entry(models):
+    """`prefill` runs the look-ahead that the recipe asks for, another prefill where it asks for none, and asks for a draft."""
+    params, small, ids, live = models
+    recipe = Recipe(cache=SpecKV(capacity=5, window=2, look=LOOK))
+    want = run(models, recipe.cache, (DRAFT, small))
+    tokens, layers = jax.jit(lambda: prefill(CFG, params, ids, live, recipe, new=4, draft=(DRAFT, small)))()
+    near(tokens.x[:, -1], want.tokens.x[:, -1], 1e-5, "the last row")
+    for (a,), (b,) in zip(layers, want.layers, strict=True):
+        np.testing.assert_array_equal(a.kv.pos, b.kv.pos)
+    assert Recipe(cache=AdaKV(base=recipe.cache)).look == LOOK and Recipe(cache=SnapKV(capacity=6, window=2)).look is None
+    plain = jax.jit(lambda: prefill(CFG, params, ids, live, Recipe(), new=4)[0].x)()
+    alone = jax.jit(lambda: decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, live), new=4)[0].x)()
+    near(plain, alone, 1e-6, "the plain prefill")
+    with pytest.raises(ValueError, match=r"speckv needs a draft model with the same token ids; give draft=\(cfg, params\)"):
+        prefill(CFG, params, ids, live, recipe, new=4)
+    with pytest.raises(ValueError, match="the draft has 9 token ids and the model 32"):
+        prefill(CFG, params, ids, live, recipe, new=4, draft=(dataclasses.replace(DRAFT, vocab=9), small))
+
+
+def test_a_continuation_that_is_known(models):
+    """Given the draft's own tokens, nothing changes; given others, what they look at is kept. Their shape is checked."""
+    params, small, ids, live = models
+    cache = SpecKV(capacity=5, window=2, look=LOOK, pool=1)
+    want = run(models, cache, (DRAFT, small))
+    recipe, options = Recipe(cache=cache), dict(look=LOOK, new=4)
+    given = jax.jit(lambda ahead: prefill_lookahead(CFG, params, ids, live, recipe, (DRAFT, small), ahead=ahead, **options).layers)
+    same, other = given(want.draft), given((want.draft + 7) % CFG.vocab)
+    sets = lambda layers: np.concatenate([np.asarray(part.kv.pos) for (part,) in layers])
+    np.testing.assert_array_equal(sets(same), sets(want.layers))
+    assert (sets(other) != sets(same)).any()
+    with pytest.raises(ValueError, match=r"ahead is \[4, 2\] for 4 prompts and a look of 3"):
+        given(want.draft[:, :2])
 
 
 def test_traced_budgets_and_wrappers(models):

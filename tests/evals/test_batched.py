@@ -81,6 +81,17 @@ def test_a_method_that_reads_the_prompt_twice():
     assert small[0][0] == pytest.approx(full[0][0], abs=1e-4) and abs(small[1][0] - full[1][0]) > 1e-2
 
 
+def test_a_method_that_looks_at_a_draft():
+    """SpecKV with a draft, at a budget that covers the prompt: the full cache; without a draft it is refused at once."""
+    two = [(p._replace(question=IDS(n)), s) for (p, s), n in zip(REQUESTS[1:3], (0, 3), strict=True)]
+    spec = "speckv:window=2,look=2"
+    agree(model(spec, "64", draft=(CFG, PARAMS)).likelihoods(two), model("k_norm", "64").likelihoods(two))
+    wanted = [(p, 3) for p, _ in two]
+    assert model(spec, "64", draft=(CFG, PARAMS)).continuations(wanted) == model().continuations(wanted)
+    with pytest.raises(ValueError, match="speckv needs a draft model"):
+        model(spec, "64")
+
+
 def test_a_share_is_of_each_context():
     """25% of 40 tokens keep 10, in a bucket of 48 whose slots are 12; of 16 tokens 4."""
     for prompt, said, keep in ((PROMPTS[3], SAID[3], 10), (PROMPTS[2], SAID[2], 4)):

@@ -80,7 +80,7 @@ def test_a_share_is_of_each_rows_own_tokens(result):
 
 
 def test_a_second_reading_and_thin_keys(model):
-    """KVzip reads the context twice and keeps half; ThinK keeps all tokens in fewer bytes; SpecKV needs a draft and says so."""
+    """KVzip reads the context twice and keeps half; ThinK keeps all tokens in fewer bytes."""
     options = dataclasses.replace(
         SMALL, methods=("full", "kvzip", "think:ratio=0.5,recent=4"), budgets=("50%",), tasks=("needle",), lengths=(48,)
     )
@@ -88,8 +88,29 @@ def test_a_second_reading_and_thin_keys(model):
     assert half["kept"] == pytest.approx(full["kept"] / 2, abs=0.5) and thin["kept"] == full["kept"]
     assert half["prefill_flops"] > 2 * full["prefill_flops"] > 0
     assert 0.75 < thin["cache_bytes"] / full["cache_bytes"] < 0.9  # keys are half of the cache, most of them half as wide
-    with pytest.raises(ValueError, match=r"use decode\.prefill_lookahead"):
-        compare.run(*model, dataclasses.replace(options, methods=("speckv:window=4",)))
+
+
+def test_methods_that_look_at_a_draft(model):
+    """The model as its own draft: a budget that covers everything is the full model, a smaller one keeps that share; without it, no."""
+    options = dataclasses.replace(
+        SMALL, methods=("full", "speckv:window=4,look=3"), budgets=("128", "25%"), tasks=("needle", "perplexity"), lengths=(48,)
+    )
+    with pytest.raises(ValueError, match=r"speckv needs a draft model with the same token ids; give draft=\(cfg, params\)"):
+        compare.run(*model, options)
+    other = (dataclasses.replace(model[0], vocab=5), model[1])
+    with pytest.raises(ValueError, match="the draft has 5 token ids and the model 97; they must share a tokenizer"):
+        compare.run(*model, options, draft=other)
+    rows = compare.run(*model, options, draft=model[:2]).rows
+    full, texts = rows[0], [r for r in rows if r["task"] == "perplexity"]
+    covered, less = rows[1:3]
+    assert covered["kl"] < 1e-6 and covered["kept"] == full["kept"] and less["uncounted"] == []
+    assert less["kept"] == pytest.approx(full["kept"] / 4 + 1, abs=1)  # the last token comes on top
+    assert less["prefill_flops"] > 1.7 * full["prefill_flops"]  # where something is dropped, the draft runs too
+    for row in texts[1:]:
+        assert (abs(row["nll"] - texts[0]["nll"]) < 1e-5) == (row["budget"] == "128")
+    good, notes = compare.fitted(["speckv", "k_norm"], tiny.CFG, 51, leave_out=True)
+    assert good == ("k_norm",) and "left out: speckv needs a draft model" in notes[0]
+    assert compare.fitted(["speckv"], tiny.CFG, 51, leave_out=True, draft=tiny.CFG)[0] == ("speckv",)
 
 
 def test_lengths_near_each_other_share_their_programs(model):

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 import jaxtok.methods
-from jaxtok import decode
 from jaxtok.core import heads, registry
 from jaxtok.core.recipe import Recipe
-from jaxtok.decode import reread
+from jaxtok.decode import prefill
 from jaxtok.methods import Chain, KeyDiff, PerLayer, SnapKV
 from jaxtok.models import blocks, decoder, hf
 from jaxtok.models.config import Config
@@ -37,7 +36,7 @@ GEMMA2 = dict(
     eos_token_id=1,
 )  # fmt: skip
 MODELS = {"Llama-3.1-8B": LLAMA31, "Qwen2.5-7B": QWEN25, "Gemma2-9B": GEMMA2}
-PROMPT, CAPACITY, NEW, LOOK = 4096, 1024, 16, 8
+PROMPT, CAPACITY, NEW = 4096, 1024, 16
 
 
 @functools.cache
@@ -81,10 +80,7 @@ def trace(cfg, params, method):
     own = jax.eval_shape(lambda: recipe.init_params(jax.random.key(0), cfg))
 
     def run(params, ids, live, key):
-        if recipe.passes and "prefill_lookahead" in recipe.passes[1]:  # the model is its own draft
-            tokens, layers, _ = decode.prefill_lookahead(cfg, params, ids, live, recipe, (cfg, params), look=LOOK, new=NEW, key=key)
-        else:
-            tokens, layers = reread.prefill(cfg, params, ids, live, recipe, new=NEW, key=key)
+        tokens, layers = prefill(cfg, params, ids, live, recipe, new=NEW, draft=(cfg, params), key=key)  # the model is its own draft
         x, layers = decoder.step(cfg, params, blocks.embed(cfg, params, ids[:, :1]), live[:, :1], layers, recipe, key=key)
         return decoder.logits(cfg, params, x), layers
 

@@ -36,6 +36,7 @@ class SpecKV(CacheScorer):
     """
 
     passes: ClassVar[str] = "decode.prefill_lookahead"
+    drafts: ClassVar[bool] = True
     capacity: int
     window: int = 32
     look: int = 32

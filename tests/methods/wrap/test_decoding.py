@@ -128,7 +128,7 @@ def test_what_a_step_is_told():
             _, layers = decoder.step(CFG, params, x, jnp.ones((B, 1), bool), layers, Recipe(policy=policy))
         part = layers[0][0]
         freqs = jnp.asarray(blocks.frequencies(CFG, 0))
-        return decoder.cached._recalled(CFG, 0, part.kv, Evidence(freqs=freqs), policy.recall({}, part.policy), "auto"), part.kv.pos
+        return decoder.steps._recalled(CFG, 0, part.kv, Evidence(freqs=freqs), policy.recall({}, part.policy), "auto"), part.kv.pos
 
     def at_once():
         text = decoder.embed(CFG, params, jnp.concatenate([ids, force[:, :steps]], 1), jnp.asarray(whole))

@@ -1,0 +1,1 @@
+"""Site prompt: which tokens of a prompt the model gets."""
