@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import budget, check, reduce, select
-from jaxtok.core.types import KV, BlockTable, DensePlan, Evidence, Frozen, Needs, Plan, Protect, Tokens
+from jaxtok.core.types import KV, BlockTable, Evidence, Frozen, Needs, Plan, Protect, Tokens
 
 
 class Method:
@@ -152,7 +152,6 @@ class CachePolicy(Method):
     aligned: ClassVar[bool] = False  # one set for all heads of a layer
     groups: ClassVar[int] = 1  # head groups that it tells apart; more than one goes with Recipe.heads
     raw: bool = False  # keys stored unrotated, placed at their rank among the live ones when read
-    counts: ClassVar[bool] = True  # a slot that stands for several tokens counts as so many (its bias)
     recurrent: ClassVar[bool] = False  # a prefill in chunks fits after each of them, so that the cache never holds the prompt
     reads_rotated: ClassVar[bool] = False  # compares with rotated keys
     capacity: int
@@ -196,17 +195,13 @@ class CachePolicy(Method):
         """The cache brought down to its slots, after a prefill and when the spare slots are full; the state moves along."""
         plan = self.fit(params, state, kv, evidence, keep)
         slots = jax.tree.map(lambda x: reduce.gather(x, reduce.representative(plan)), state.slots)
-        return reduce.reduce_kv(plan, kv, self.counts), self.fitted(Held(slots, state.rest))
+        return reduce.reduce_kv(plan, kv), Held(slots, state.rest)
 
-    def fit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> Plan | DensePlan:
-        """The plan [b g capacity] that brings a cache down to the capacity."""
+    def fit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> Any:
+        """The plan [b g capacity] (`Plan` or `DensePlan`) that brings a cache down to the capacity."""
         check.cache(kv)
         protect, score = self.victim(params, state, kv, budget.per_head(keep, kv.pos.shape[:2], self.capacity))
         return top_slots(kv, score, protect, self.capacity, keep)
-
-    def fitted(self, state: Held) -> Held:
-        """State after a `fit`, its slots moved."""
-        return state
 
     def victim(self, params, state: Held, kv: KV, keep: Int[Array, "b g"]) -> tuple[Bool[Array, "b g s"], Float[Array, "b g s"]]:
         """Slots that must stay, and scores: the lowest other one goes. `keep` is the budget of live slots in force."""

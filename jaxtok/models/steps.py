@@ -52,16 +52,16 @@ def step_part(
             return out, Part(kv, state, reading, frozen), carry
         reading, carry, index = reader.read(own, i, reading, carry, turned, pos, known, sight)
         if index is not None:
-            if unturned and (index.rope is None or index.query is None):
-                raise ValueError(f"{reader.name} reads raw keys and must say where they and the queries stand (KeyIndex.rope and .query)")
             if unturned:
+                if index.rope is None or index.query is None:
+                    raise ValueError(f"{reader.name} reads raw keys and must say where they and the queries stand (KeyIndex.rope, .query)")
                 turned = turn(q, jnp.repeat(index.query, q.shape[1] // index.index.shape[1], 1), freqs)
             if looks == Needs():
                 out, lse = attend_blocks(turned, pos, known, index.index, sight, reader.block, index.rope if unturned else None)
             else:  # a policy that looks at the attention to the slots that are read
                 slots = block_slots(index.index, reader.block)
                 keys, values, k_pos, bias = take_kv(kv, slots)
-                keys = turn(keys, index.rope, freqs) if unturned else keys
+                keys = turn(keys, index.rope, freqs) if unturned and index.rope is not None else keys
                 see |= {"k_pos": k_pos, "bias": bias}
     if unturned and slots is None and out is None:
         turned, keys = place(q, kv, jnp.minimum(at, kv.k.shape[2] - k.shape[2]), freqs)

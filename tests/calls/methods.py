@@ -56,7 +56,7 @@ def fit(make):
             state = method.start(learned(method, s), kv, evidence)
             plan = method.fit(learned(method, s), state, kv, evidence, keep)
             moved = jax.tree.map(lambda x: reduce.gather(x, reduce.representative(plan)), state.slots)
-            return reduce.reduce_kv(plan, kv, method.counts), moved
+            return reduce.reduce_kv(plan, kv), moved
 
         return Case(fn, lambda v: {"kv": v.kv(), "evidence": v.evidence(), "keep": v.keep(s.b, 1)})
 
@@ -89,7 +89,7 @@ def step(make):
             kv = kv._replace(seen=jnp.maximum(kv.seen, pos[:, 0] + 1))
             state = method.observe(own, state, kv, evidence)
             if method.every > 1:
-                return reduce.reduce_kv(method.fit(own, state, kv, evidence, keep), kv, method.counts), state
+                return method.refit(own, state, kv, evidence, keep)
             return vacate.vacate(method, own, state, kv, keep)
 
         def arrays(v):
@@ -184,7 +184,7 @@ def shorten(make):
                 shape = (s.b, s.h, rows + getattr(method, "look", 0), ids.shape[1])
                 return (jnp.broadcast_to(share[:, None, None], shape),) * (2 if method.drafts else 1)
 
-            return method.run(learned(method), look, ids, live, keep)
+            return method.run({}, look, ids, live, keep)
 
         def arrays(v):
             live = np.sort(v.mask(s.b, s.n), 1)

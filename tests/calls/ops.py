@@ -179,7 +179,9 @@ def _(s):
     return Case(fn, lambda v: queries(s, v, min(s.t, 9)) | {"slots": slots(s, v)}, sight(s), infinite=True)
 
 
-case("ops.read.in_place")(lambda s: Case(lambda freqs: read.in_place(Sight(freqs)) * freqs, lambda v: {"freqs": v.angles(s.d // 2)}))
+case("ops.read.in_place")(
+    lambda s: Case(lambda freqs: -freqs if read.in_place(Sight(freqs)) else freqs, lambda v: {"freqs": v.angles(s.d // 2)})
+)
 case("ops.read.take")(lambda s: Case(read.take, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d), "slots": slots(s, v)}))
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import budget, check, score, select
 from jaxtok.core.protocols import CachePolicy, Held
-from jaxtok.core.reduce import gather
+from jaxtok.core.reduce import gather, reduce_kv
 from jaxtok.core.registry import register
 from jaxtok.core.types import KV, DensePlan, Evidence, Needs, Plan
 
@@ -45,7 +45,6 @@ class LoCoCo(CachePolicy):
     official code decodes with that of the last query. With a traced budget under the capacity the last M - H channels serve.
     """
 
-    counts: ClassVar[bool] = False
     recurrent: ClassVar[bool] = True
 
     capacity: int
@@ -101,8 +100,9 @@ class LoCoCo(CachePolicy):
     def observe(self, params, state: Held, kv: KV, evidence: Evidence) -> Held:
         return Held(state.slots + self.start(params, kv, evidence).slots)
 
-    def fitted(self, state: Held) -> Held:
-        return Held(jnp.zeros_like(state.slots))  # a block's scores are not accumulated over blocks
+    def refit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> tuple[KV, Held]:
+        kv = reduce_kv(self.fit(params, state, kv, evidence, keep), kv, count=False)
+        return kv, Held(jnp.zeros(kv.pos.shape, jnp.float32))  # a block's scores are not accumulated over blocks
 
     def fit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> Plan | DensePlan:
         n = kv.pos.shape[-1]

@@ -70,8 +70,7 @@ class SentenceKVCache(CacheScorer):
         return Protect(recent=self.window)
 
     def score(self, params, kv: KV, evidence: Evidence) -> Float[Array, "b g s"]:
-        rows = check.given("rows", evidence.rows)[:, :, -self.window :]
-        candidate = (kv.pos >= 0) & ~self.protect.mask(kv.pos, kv.seen)
+        candidate, rows = (kv.pos >= 0) & ~self.protect.mask(kv.pos, kv.seen), check.given("rows", evidence.rows)[:, :, -self.window :]
         return score.window_attention(rows, candidate, kv.k.shape[1], how=self.group, over="sum", width=7, kind="max")
 
 

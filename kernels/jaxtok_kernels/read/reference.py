@@ -27,7 +27,7 @@ def read(
     listed = jnp.any((index[:, :, None] >= 0) & (within >= 0) & (within < block), -1)  # [b e s]
     wide = lambda x: jnp.repeat(x, e // g, 1)
     keys, values, at, extra = (wide(x) for x in (k.astype(jnp.float32), v.astype(jnp.float32), k_pos, bias))
-    if ids is not None:
+    if ids is not None and freqs is not None:
         slot = (index[..., None] * (block if stride is None else stride) + jnp.arange(block, dtype=jnp.int32)[None, None, None]).reshape(
             b, e, -1
         )

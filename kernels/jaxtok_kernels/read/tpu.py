@@ -54,7 +54,7 @@ def read(
     mine = used[..., None] & (within >= 0) & (within < block)
     listed = lambda x, fill: jnp.where(mine, _rows(x, row), fill).reshape(b, e, tiles, 1, each * rows)
     turned = ()
-    if ids is not None:
+    if ids is not None and freqs is not None:
         ids = jnp.pad(ids.reshape(b, e, m, block), (*last, (0, 0)))
         ids = jnp.where(mine, jnp.take_along_axis(ids, jnp.clip(within, 0, block - 1), 3), 0)
         turned = ids.reshape(b, e, tiles, each * rows, 1), freqs[None]
@@ -64,7 +64,6 @@ def read(
 
     kernel = functools.partial(
         _kernel,
-        turns=ids is not None,
         whole=block % ALIGNED == stride % ALIGNED == 0,
         words=words,
         pack=pack,
@@ -86,7 +85,7 @@ def read(
                 whole(tiles, 1, each * rows),
                 pl.BlockSpec(memory_space=pl.ANY),
                 pl.BlockSpec(memory_space=pl.ANY),
-                *([whole(tiles, each * rows, 1), pl.BlockSpec(freqs[None].shape, lambda *_: (0, 0))] if turned else []),
+                *([whole(tiles, each * rows, 1), pl.BlockSpec(turned[1].shape, lambda *_: (0, 0))] if turned else []),
             ],
             out_specs=[whole(r, c), whole(r, LANES)],
             scratch_shapes=[
@@ -125,8 +124,8 @@ def _rows(x, row):
     return jnp.take_along_axis(x, row.reshape(b, g, -1), 2).reshape(b, e, *row.shape[2:])
 
 
-def _kernel(start, count, q, q_pos, k_pos, bias, k, v, *rest, turns, whole, words, pack, each, heads, scale, softcap, window):
-    ids, freqs, out, lse, k_tile, v_tile, done = rest if turns else (None, None, *rest)
+def _kernel(start, count, q, q_pos, k_pos, bias, k, v, *rest, whole, words, pack, each, heads, scale, softcap, window):
+    *turned, out, lse, k_tile, v_tile, done = rest
     b, e = pl.program_id(0), pl.program_id(1)
     g, n = e // heads, count[b, e]
     first, kinds = e * (k_pos.shape[0] * each), (k.dtype, v.dtype)
@@ -162,7 +161,8 @@ def _kernel(start, count, q, q_pos, k_pos, bias, k, v, *rest, turns, whole, word
         keys, values = k_tile[slot], v_tile[slot]
         if pack > 1:
             keys, values = (pltpu.bitcast(x, kind) for x, kind in zip((keys, values), kinds, strict=True))
-        if turns:
+        if turned:
+            ids, freqs = turned
             keys = _turn(keys, ids[tile], freqs[...])
         logit = lax.dot_general(q[...], keys, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32) * scale
         logit = logit if softcap is None else softcap * jnp.tanh(logit / softcap)

@@ -35,7 +35,7 @@ def weights(method, seed=0, alpha=None, cfg=Widths):
 def program(method):
     def run(own, kv, received, keep):
         plan = method.fit(own, Held(received), kv, Evidence(layer=jnp.int32(1)), keep)
-        return plan, reduce_kv(plan, kv, method.counts)
+        return plan, reduce_kv(plan, kv, False)
 
     return jax.jit(run)
 
