@@ -64,7 +64,9 @@ def table(draw, dtypes):
 
 plain("core.heads.split")(lambda draw: (heads.split, (usually(draw, st.just(table(draw, (bool, bool, float)))),), {}))
 plain("core.heads.best")(lambda draw: (heads.best, (usually(draw, st.just(table(draw, (float,)))), usually(draw, INTS)), {}))
-plain("core.heads.allot")(lambda draw: (heads.allot, (*(usually(draw, INTS) for _ in range(3)), usually(draw, REALS)), {}))
+plain("core.heads.allot")(
+    lambda draw: (heads.allot, (*(usually(draw, st.integers(1, 99)) for _ in range(3)), usually(draw, st.floats(0, 1))), {})
+)
 
 
 @plain("core.budget.pyramid")
