@@ -29,6 +29,8 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("merging", "dropped_equals_masked"): _FOLDED,
     ("cam", "dropped_equals_masked"): _FOLDED,
     ("cam-mean", "dropped_equals_masked"): _FOLDED,
+    ("cam.policy", "dropped_equals_masked"): _FOLDED,
+    ("cam.policy:mean", "dropped_equals_masked"): _FOLDED,
     ("ems", "dropped_equals_masked"): _FOLDED,
     ("ems-count", "dropped_equals_masked"): _FOLDED,
     ("think", "dropped_equals_masked"): _CHANNELS,
