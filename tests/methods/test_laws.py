@@ -31,6 +31,8 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("lococo", "dropped_equals_masked"): _FOLDED,
     ("cam", "dropped_equals_masked"): _FOLDED,
     ("cam-mean", "dropped_equals_masked"): _FOLDED,
+    ("cam.policy", "dropped_equals_masked"): _FOLDED,
+    ("cam.policy:mean", "dropped_equals_masked"): _FOLDED,
     ("ems", "dropped_equals_masked"): _FOLDED,
     ("ems-count", "dropped_equals_masked"): _FOLDED,
     ("razor_attention", "dropped_equals_masked"): _MEAN,
