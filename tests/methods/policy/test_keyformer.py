@@ -81,8 +81,7 @@ def test_the_temperature_rises_and_stays():
     assert Keyformer(capacity=4, noise=None).needs.perturbed == Noise(1.0, None)
 
 
-@pytest.mark.parametrize("options", [{}, {"group": "max", "seed": 3, "recent": 0.5, "variant": "official"}])
-@pytest.mark.parametrize("prefill", [14, 5])
+@pytest.mark.parametrize("prefill, options", [(14, {}), (5, {"group": "max", "seed": 3, "recent": 0.5, "variant": "official"})])
 def test_equals_numpy(prefill, options):
     """Kept sets and scores at every step, over twice the capacity; a prompt over and one under it."""
     rng = np.random.default_rng(1)
