@@ -53,7 +53,7 @@ def jit_equals_eager(make):
 
 
 def rows_are_independent(make):
-    """A row depends on itself only: changing all others changes nothing (that vmap equals the batch is in `transforms_compose`)."""
+    """A row depends on itself only: changing all others changes nothing (that a batch of one equals the batch is in `transforms_compose`)."""
     method = make(CAP)
     _, ids, _ = world()
     base = usual(method)
@@ -203,14 +203,14 @@ def heads_are_interchangeable(make):
 
 
 def transforms_compose(make):
-    """jit of vmap over single rows of grad of checkpoint, with steps inside a scan, equals the plain batch; a row with nothing live
-    gives no NaN, in logits or gradients.
+    """jit of vmap over rows, each a batch of one, of grad of checkpoint, with steps inside a scan, gives row by row what the batch of eight
+    very different lengths gives; a row with nothing live gives no NaN, in logits or gradients.
     """
     method = make(CAP)
     params, ids, force = world()
     live = LIVE & (np.arange(B) != 1)[:, None]
     out = result(method, live=live)
-    assert np.isfinite(out["logits"][:, [0, 2, 3]]).all() and np.isfinite(out["logits"]).all(), "NaN from an empty row"
+    assert np.isfinite(out["logits"]).all(), "NaN from an empty row"
     tokens = tokens_of(params, ids, live)
     own, keep = weights(method, params), jnp.full((B,), CAP, jnp.int32)
 
@@ -226,12 +226,12 @@ def transforms_compose(make):
             return layers, y
 
         _, y = jax.lax.scan(jax.checkpoint(more), layers, ids)
-        return jnp.sum(decoder.logits(CFG, own, y[:, 0]) ** 2)
+        logits = decoder.logits(CFG, own, y[:, 0])
+        return jnp.sum(logits**2), logits[:, 0]
 
-    value, grad = jax.jit(jax.vmap(jax.value_and_grad(jax.checkpoint(loss))))(tokens.x, tokens, force[:, :2], keep)
+    (value, logits), grad = jax.jit(jax.vmap(jax.value_and_grad(jax.checkpoint(loss), has_aux=True)))(tokens.x, tokens, force[:, :2], keep)
     assert np.isfinite(value).all() and np.isfinite(grad).all(), "NaN in a gradient"
-    want = (out["logits"][:2].astype(np.float64) ** 2).sum((0, 2))
-    near(value / want, np.ones(B), 1e-4, "under jit, vmap, grad, checkpoint and scan against the plain call")
+    near(logits, np.swapaxes(out["logits"][:2], 0, 1), 2e-5, "a batch of one, under jit, vmap, grad, checkpoint and scan, against the batch")
 
 
 def one_compile(make):
