@@ -221,7 +221,14 @@ def transforms_compose(make):
 
         def more(layers, i):
             y, layers = decoder.step(
-                CFG, own, blocks.embed(CFG, own, i[None, None]), jnp.ones((1, 1), bool), layers, recipe_of(method), keep=limit
+                CFG,
+                own,
+                blocks.embed(CFG, own, i[None, None]),
+                jnp.ones((1, 1), bool),
+                layers,
+                recipe_of(method),
+                keep=limit,
+                key=jax.random.key(4),
             )
             return layers, y
 
