@@ -3,8 +3,9 @@
 Claim: chunk by chunk, with the model's own attention as the only guide, needles in 65,536 characters are found as well as the model
     finds them in 1,024 at once; the memory that this takes is the same for 16,384 characters.
 Command: python experiments/infini_retri.py
-Hardware and time: HARDWARE
-Expected: EXPECTED
+Hardware and time: two cores of a 2.6 GHz Xeon, 33 minutes with a dozen other programs beside it (99 to 624 s for ten texts).
+Expected: 0.940 of 50 at 65,536 characters, against 1.000 by the model itself at 1,024: one case short of the claim (within 5 points). The
+    three misses are of one seed; their needle is not among the 60 best tokens of its chunk. Memory: the same to the byte at both lengths
     (experiments/results/infini_retri/results.json).
 
 Ten depths and five seeds; the facts stand in the text of the package's haystack, which the model was not trained on. A sentence ends with
