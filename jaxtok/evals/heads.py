@@ -29,7 +29,8 @@ ECHO = 15  # one head in so many is chosen by its echo score (0.01 of 0.15)
 
 def told_apart(spec: str) -> bool:
     """Whether the method that a spec names tells head groups apart."""
-    return getattr(registry.get(spec.partition(":")[0].strip()), "groups", 1) > 1
+    groups = getattr(registry.get(spec.partition(":")[0].strip()), "groups", 1)
+    return (groups if isinstance(groups, int) else registry.build(spec, 1 << 20).groups) > 1  # a wrapper's are its base's
 
 
 def room(spec: str, capacity: int) -> int:

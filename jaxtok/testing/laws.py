@@ -238,7 +238,9 @@ def transforms_compose(make):
 
     (value, logits), grad = jax.jit(jax.vmap(jax.value_and_grad(jax.checkpoint(loss), has_aux=True)))(tokens.x, tokens, force[:, :2], keep)
     assert np.isfinite(value).all() and np.isfinite(grad).all(), "NaN in a gradient"
-    near(logits, np.swapaxes(out["logits"][:2], 0, 1), 2e-5, "a batch of one, under jit, vmap, grad, checkpoint and scan, against the batch")
+    near(
+        logits, np.swapaxes(out["logits"][:2], 0, 1), 2e-5, "a batch of one, under jit, vmap, grad, checkpoint and scan, against the batch"
+    )
 
 
 def one_compile(make):

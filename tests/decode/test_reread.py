@@ -7,8 +7,8 @@ import pytest
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import Needs
-from jaxtok.decode import generate, prefill_reread
-from jaxtok.decode.reread import prefill, request
+from jaxtok.decode import generate, prefill, prefill_reread
+from jaxtok.decode.reread import request
 from jaxtok.methods import H2O, AdaKV, KVzip, SnapKV, StreamingLLM
 from jaxtok.models import blocks, decoder
 from jaxtok.testing.world import CFG, LENGTHS, LIVE, N, near, world

@@ -19,6 +19,7 @@ import jaxtok.methods
 from jaxtok.core import heads, registry
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import prefill
+from jaxtok.evals.heads import told_apart
 from jaxtok.methods import Chain, KeyDiff, PerLayer, SnapKV
 from jaxtok.models import blocks, decoder, hf
 from jaxtok.models.config import Config
@@ -124,7 +125,7 @@ def test_every_recipe_traces(method, name, untyped):
         build = lambda cfg: registry.build(instead, CAPACITY)
     logits, layers = trace(cfg, params, build(cfg))
     assert logits.shape == (1, 1, cfg.vocab) and logits.dtype == jnp.float32 and len(layers) == cfg.layers
-    if getattr(registry.get(method), "groups", 1) > 1:
+    if told_apart(method):
         shapes = {tuple(part.kv.pos.shape[1:] for part in parts) for parts in layers}
         assert shapes == {((1, PROMPT + NEW), (cfg.kv_heads - 1, CAPACITY + 1))}
         return
