@@ -203,7 +203,7 @@ def heads_are_interchangeable(make):
 
 
 def transforms_compose(make):
-    """jit of vmap over rows, each a batch of one, of grad of checkpoint, with steps inside a scan, gives row by row what the batch of eight
+    """jit of vmap over rows, each a batch of one, of grad of checkpoint, with steps inside a scan, gives row by row what the batch of
     very different lengths gives; a row with nothing live gives no NaN, in logits or gradients.
     """
     method = make(CAP)

@@ -13,8 +13,8 @@ from jaxtok.models import blocks, cached, decoder
 from jaxtok.models.config import Config
 
 CFG = Config(vocab=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=24)
-B, N, T, CAP = 8, 12, 14, 6  # T > 2 * CAP: a step policy turns its cache over twice
-LENGTHS = np.array([12, 7, 9, 3, 1, 10, 5, 2])
+B, N, T, CAP = 4, 12, 14, 6  # T > 2 * CAP: a step policy turns its cache over twice
+LENGTHS = np.array([12, 7, 9, 3])
 P = N + T  # positions that exist
 LIVE = np.arange(N)[None] >= N - LENGTHS[:, None]
 
