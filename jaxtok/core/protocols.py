@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import budget, check, reduce, select
-from jaxtok.core.types import KV, BlockTable, Evidence, Frozen, Needs, Plan, Protect, Tokens
+from jaxtok.core.types import KV, BlockTable, Evidence, Frozen, Needs, Plan, Protect
 
 
 class Method:
@@ -34,24 +34,11 @@ class Method:
         return {}
 
 
-class Reducer(Method):
-    """Sites vit, select, layers: rows of a sequence are dropped or merged before a layer."""
+class Held(NamedTuple):
+    """State of a method: `slots` moves with the slots of a cache (every leaf [b g s ...]) or the rows of a sequence [b n ...], `rest` stays."""
 
-    at: ClassVar[str] = "block"  # "block" before a layer, "attn" between attention and MLP, "around" undone after the module
-    positions: str = "keep"
-    conserves: ClassVar[bool] = False  # sizes and the size-weighted sum of x stay
-
-    def start(self, params, tokens: Tokens) -> Any:
-        """State carried over one forward pass."""
-        return ()
-
-    def count(self, n: int, n_kind: int) -> int:
-        """Static number of rows left of `n`, of which `n_kind` are of the kinds this method may reduce."""
-        raise NotImplementedError(f"{type(self).__name__} must say how many rows it leaves")
-
-    def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Any, Plan]:
-        """The plan [b m] for these tokens; `keep` traced number of live rows at or under the capacity."""
-        raise NotImplementedError(f"{type(self).__name__} must make a plan")
+    slots: Any = ()
+    rest: Any = ()
 
 
 class CacheCompressor(Method):
@@ -132,13 +119,6 @@ def top_slots(kv: KV, score: Float[Array, "b g s"], safe: Bool[Array, "b g s"], 
     room = jnp.maximum(budget.per_head(keep, kv.pos.shape[:2], cap) - jnp.sum(safe, -1, dtype=jnp.int32), 0)
     mask = select.choose(score, live, room, safe, most=cap)
     return select.pack(mask, cap, jnp.where(safe, jnp.inf, select.finite(score)))
-
-
-class Held(NamedTuple):
-    """State of a step policy: `slots` moves with the cache's slots (every leaf [b g s ...]), `rest` stays."""
-
-    slots: Any = ()
-    rest: Any = ()
 
 
 class CachePolicy(Method):

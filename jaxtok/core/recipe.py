@@ -7,13 +7,14 @@ import jax
 
 from jaxtok.core import protocols
 from jaxtok.core.reader import Reader
+from jaxtok.core.reducer import Reducer
 from jaxtok.core.types import Needs
 
 _KIND = {
     "prompt": protocols.PromptMethod,
-    "vit": protocols.Reducer,
-    "select": protocols.Reducer,
-    "layers": protocols.Reducer,
+    "vit": Reducer,
+    "select": Reducer,
+    "layers": Reducer,
     "sparsify": protocols.Sparsifier,
     "attention": protocols.Attention,
     "cache": protocols.CacheCompressor,
@@ -34,9 +35,9 @@ class Recipe:
     """
 
     prompt: protocols.PromptMethod | None = None
-    vit: tuple[tuple[int, protocols.Reducer], ...] = ()
-    select: protocols.Reducer | None = None
-    layers: tuple[tuple[int, protocols.Reducer], ...] = ()
+    vit: tuple[tuple[int, Reducer], ...] = ()
+    select: Reducer | None = None
+    layers: tuple[tuple[int, Reducer], ...] = ()
     sparsify: protocols.Sparsifier | None = None
     attention: protocols.Attention | None = None
     cache: protocols.CacheCompressor | None = None
@@ -144,6 +145,26 @@ class Recipe:
                 f"the cache is compressed to {self.cache.slots} slots and then cut to the policy's {self.policy.slots}; "
                 f"give {self.policy.name} at least {self.cache.slots}"
             )
+
+    def validate_encoder(self, cfg, until: int) -> None:
+        """ValueError where the methods of site vit cannot work on the first `until` layers of an encoder of configuration `cfg`."""
+        for k, method in self.vit:
+            needs = method.layer(k, cfg.layers).needs
+            first = 1 if method.at == "block" and needs != Needs() and not needs.own else 0
+            if not first <= k < until:
+                raise ValueError(f"{method.name} acts at layer {k}; of {until} layers that run it has places {first} to {until - 1}")
+            if needs.layers:
+                raise ValueError(
+                    f"{method.name} needs evidence of layers {needs.layers}; inside an encoder there is that of the layer at hand"
+                )
+            if method.restore is not None and (method.at != "block" or method.restore <= k):
+                raise ValueError(f"{method.name} is undone before layer {method.restore}; it acts at {method.at!r} of layer {k}")
+        at = [(k, m.at) for k, m in self.vit if m.at in ("around", "ahead")]
+        if len(set(k for k, _ in at)) < len(at):
+            raise ValueError(f"two methods act around or ahead of the attention of one layer: {at}")
+        for i in () if self.select is None else self.select.needs.layers:
+            if not -until <= i < until:
+                raise ValueError(f"{self.select.name} needs evidence of layer {i}; {until} layers run")  # type: ignore[union-attr]
 
     def _validate_heads(self, cfg) -> None:
         for i, sizes in enumerate(self.heads):

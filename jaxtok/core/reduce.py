@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 from jaxtok.core import check
 from jaxtok.core.types import KV, DensePlan, Evidence, Plan, Tokens
 
+ATTENTION = ("rows", "received", "peak", "perturbed", "cls", "asked", "asked_peak", "looked")  # of `Evidence`: what a group is given in all
 POSITIONS = ("keep", "repack", "keep_mrope")
 
 
@@ -162,10 +163,20 @@ def move(plan: Plan | DensePlan, evidence: Evidence) -> Evidence:
         over = spread(x.shape[1])
         return total(over, x) if x.ndim == 3 else jnp.swapaxes(total(over, jnp.swapaxes(x, -1, -2)), -1, -2)
 
-    keys = None if evidence.keys is None else apply(spread(evidence.keys.shape[1]), evidence.keys)
-    hidden = None if evidence.hidden is None or per_head else apply(plan, evidence.hidden)
-    seen = {name: attention(getattr(evidence, name)) for name in ("rows", "received", "peak", "perturbed", "cls")}
-    return evidence._replace(**seen, keys=keys, hidden=hidden)
+    rows = {
+        name: None if x is None else apply(spread(x.shape[1]), x)
+        for name in ("keys", "values")
+        if (x := getattr(evidence, name)) is not None
+    }
+    for name in ("hidden", "change"):
+        x = getattr(evidence, name)
+        rows[name] = None if x is None or per_head else apply(plan, x)
+    probs = evidence.probs
+    if probs is not None:  # a group's row is the mean of its rows, its column the sum of its columns
+        over = spread(probs.shape[1])
+        rows["probs"] = apply(over, jnp.swapaxes(total(over, jnp.swapaxes(probs, -1, -2)), -1, -2))
+    seen = {name: attention(getattr(evidence, name)) for name in ATTENTION}
+    return evidence._replace(**seen, **rows)
 
 
 def grow_kv(kv: KV, slots: int) -> KV:

@@ -107,3 +107,11 @@ def nearest(
     joined = lambda a: jnp.moveaxis(a, 0, 2).reshape(b, g, -(-n // size) * size)[..., :n]
     like, index = lax.map(one, jnp.moveaxis(x, 2, 0))
     return joined(like), joined(index)
+
+
+def change(a: Float[Array, "b n c"], b: Float[Array, "b n c"]) -> Float[Array, "b n 2"]:
+    """|b| / |a| and cos(b, a), row by row, float32; 0 where a row is 0."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    la, lb = jnp.linalg.norm(a, axis=-1), jnp.linalg.norm(b, axis=-1)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return jnp.stack([lb / jnp.maximum(la, tiny), jnp.sum(a * b, -1) / jnp.maximum(la * lb, tiny)], -1)

@@ -107,10 +107,19 @@ class Evidence(NamedTuple):
     received: jax.Array | None = None  # f32 [b h n] attention summed over all live queries of this call
     peak: jax.Array | None = None  # f32 [b h n] largest attention that any live query of this call gives
     perturbed: jax.Array | None = None  # f32 [b h n] like `received`, of attention with noise and a temperature (`Needs.perturbed`)
-    cls: jax.Array | None = None  # f32 [b h n] attention of the first row
+    cls: jax.Array | None = None  # f32 [b h n] attention of the first live row
     keys: jax.Array | None = None  # [b g n d] keys before the rotary embedding
     queries: tuple[jax.Array, jax.Array] | None = None  # f32 mean [b h d], covariance [b h d d], before the rotary embedding
     turned: jax.Array | None = None  # [b h w d] the last w queries, after the rotary embedding; 0 where dead
+    values: jax.Array | None = None  # [b g n d] values
+    probs: jax.Array | None = None  # f32 [b h n n] the whole attention matrix: short sequences only
+    lead: jax.Array | None = None  # [b h d] the first live row's query, before the rotary embedding
+    asked: jax.Array | None = None  # f32 [b h n] like `received`, from the live TEXT rows behind the last image row only
+    asked_peak: jax.Array | None = None  # f32 [b h n] the largest of it
+    looked: jax.Array | None = None  # f32 [b h n] like `received`, from rows that are neither TEXT nor SPECIAL
+    change: jax.Array | None = (
+        None  # f32 [b n 2 2] of the attention block, of the MLP: |out| / |in|, cos(out, in); before the residual, in: normed
+    )
     hidden: jax.Array | None = None  # [b n c] rows that enter the layer
     weights: dict[str, jax.Array] | None = None  # the layer's parameters that were asked for by name
     freqs: jax.Array | None = None  # f32 [rotary_dim / 2] angle per unit of rotary id; always given by a rotary model
@@ -130,10 +139,17 @@ class Needs(NamedTuple):
     keys: bool = False
     queries: int | None = None  # moments over the live queries from this order on (None = not needed)
     turned: int = 0  # how many last queries, after the rotary embedding
+    values: bool = False
+    probs: bool = False
+    lead: bool = False
+    asked: bool = False
+    asked_peak: bool = False
+    looked: bool = False
+    change: bool = False
     hidden: bool = False
     weights: tuple[str, ...] = ()
-    layers: tuple[int, ...] = ()  # evidence of these 0-based layers instead of the one at hand
-    own: bool = False  # site 3: of the layer that follows, computed on its own input
+    layers: tuple[int, ...] = ()  # evidence of these 0-based layers instead of the one at hand (site select: -1 is the last that ran)
+    own: bool = False  # of the layer that follows, computed on its own input
     segment: bool = False  # readers: the segment of each slot, when they start
 
     def __or__(self, other: "Needs") -> "Needs":  # type: ignore[override]
@@ -147,21 +163,15 @@ class Needs(NamedTuple):
             raise ValueError(
                 f"one recipe asks for attention under {self.perturbed} and under {other.perturbed}; give both methods the same"
             )
+        either = {name: getattr(self, name) or getattr(other, name) for name, value in Needs._field_defaults.items() if value is False}
         return Needs(
+            **either,
             rows=max(self.rows, other.rows),
-            received=self.received or other.received,
-            peak=self.peak or other.peak,
-            unit=self.unit or other.unit,
-            perturbed=other.perturbed if self.perturbed is None else self.perturbed,
-            cls=self.cls or other.cls,
-            keys=self.keys or other.keys,
-            queries=other.queries if self.queries is None else self.queries,
             turned=max(self.turned, other.turned),
-            hidden=self.hidden or other.hidden,
+            perturbed=other.perturbed if self.perturbed is None else self.perturbed,
+            queries=other.queries if self.queries is None else self.queries,
             weights=tuple(dict.fromkeys(self.weights + other.weights)),
             layers=tuple(sorted({*self.layers, *other.layers})),
-            own=self.own or other.own,
-            segment=self.segment or other.segment,
         )
 
 

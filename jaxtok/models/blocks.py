@@ -75,9 +75,9 @@ def _linear(p: Params, name: str, x: Array) -> Array:
     return y + p[name + "_bias"][None, None] if name + "_bias" in p else y
 
 
-def normed(cfg: Config, p: Params, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
-    """What queries, keys and values of a layer are made of: the residual stream x after the layer's first norm."""
-    return norm(x, p["attn_norm"], cfg.norm_eps, cfg.norm_offset)
+def normed(cfg: Config, p: Params, x: Float[Array, "b n c"], name: str = "attn_norm") -> Float[Array, "b n c"]:
+    """What queries, keys and values of a layer are made of: the residual stream x after the layer's first norm (or its "mlp_norm")."""
+    return norm(x, p[name], cfg.norm_eps, cfg.norm_offset)
 
 
 def qkv(

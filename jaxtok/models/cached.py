@@ -15,8 +15,8 @@ from jaxtok.core.protocols import Held
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, grow_kv, move, reduce_kv, representative
 from jaxtok.core.rotary import rotate_by
-from jaxtok.core.score import moments
-from jaxtok.core.types import KV, Evidence, Frozen, Needs, Part, Tokens
+from jaxtok.core.score import change, moments
+from jaxtok.core.types import KV, SPECIAL, TEXT, Evidence, Frozen, Needs, Part, Tokens
 from jaxtok.models import blocks
 from jaxtok.models.config import Config
 from jaxtok.ops.attention import attention, merge
@@ -98,7 +98,13 @@ def attend_rows(
         found.append((kv, Evidence(**seen, **common)))
         g += heads
     out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, 1)
-    return tokens._replace(x=blocks.mlp(cfg, p, blocks.out_proj(cfg, p, tokens.x, out))), found
+    middle = blocks.out_proj(cfg, p, tokens.x, out)
+    after = blocks.mlp(cfg, p, middle)
+    if needs.change:
+        ends = blocks.normed(cfg, p, tokens.x), middle - tokens.x, blocks.normed(cfg, p, middle, "mlp_norm"), after - middle
+        moved = jnp.stack([change(*ends[:2]), change(*ends[2:])], 2)
+        found = [(kv, evidence._replace(change=moved)) for kv, evidence in found]
+    return tokens._replace(x=after), found
 
 
 def _attend_group(
@@ -152,8 +158,9 @@ def _attend_group(
         there = jnp.pad(among, ((0, 0), (0, n)), constant_values=True)
         looked = see | {"k_pos": jnp.where(there[:, None], kv.pos, -1)}
         look_lse = attention(turned_q, keys, kv.v, impl=impl, diagonal=diagonal, **looked)[1]
-    seen = observe(needs, turned_q, keys, look_lse, looked, diagonal, length, i, key) | {
+    seen = observe(needs, turned_q, keys, look_lse, looked, diagonal, length, i, key, tokens) | {
         "keys": k if needs.keys else None,
+        "values": v if needs.values else None,
         "queries": moments(q, live & (pos >= needs.queries)) if needs.queries is not None else None,
     }
     if part is not None and part.frozen is not None:
@@ -171,9 +178,20 @@ def look_back(cfg: Config, p, i: int, tokens: Tokens, w: int, impl: str) -> Floa
 
 
 def observe(
-    needs: Needs, q, k, lse, see: dict[str, Any], diagonal: int | None = None, length: Array | None = None, layer: int = 0, key=None
+    needs: Needs,
+    q,
+    k,
+    lse,
+    see: dict[str, Any],
+    diagonal: int | None = None,
+    length: Array | None = None,
+    layer: int = 0,
+    key=None,
+    tokens: Tokens | None = None,
 ) -> dict[str, Any]:
-    """Attention evidence from queries, keys and the saved logsumexp; no [n n] array exists."""
+    """Attention evidence from queries, keys and the saved logsumexp; no [n n] array exists but for `probs`.
+
+    `tokens`: the queries' rows, for what tells their kinds apart."""
     out: dict[str, Any] = {}
     plain = {name: x for name, x in see.items() if name != "q_pos"}
     if needs.rows:
@@ -190,8 +208,21 @@ def observe(
     if needs.perturbed is not None:
         drawn = words(key, needs.perturbed.seed, layer)
         out["perturbed"] = perturbed(q, k, words=drawn, tau=needs.perturbed.tau, diagonal=diagonal, **see)
-    if needs.cls:
-        out["cls"] = rows(q[:, :, :1], k, lse[:, :, :1], q_pos=see["q_pos"][:, :1], **plain)[:, :, 0]
+    if needs.cls or needs.lead:
+        first = jnp.argmax(see["q_pos"] >= 0, -1)[:, None]
+        one = lambda x, axis: jnp.take_along_axis(x, first.reshape(-1, *(1,) * (x.ndim - 1)), axis)
+        out["lead"] = one(q, 2)[:, :, 0] if needs.lead else None
+        out["cls"] = rows(one(q, 2), k, one(lse, 2), q_pos=one(see["q_pos"], 1), **plain)[:, :, 0] if needs.cls else None
+    if needs.probs:
+        out["probs"] = rows(q, k, lse, **see)
+    if (needs.asked or needs.asked_peak or needs.looked) and tokens is not None:
+        image = (tokens.kind != TEXT) & (tokens.kind != SPECIAL) & (tokens.pos >= 0)
+        behind = tokens.pos > jnp.max(jnp.where(image, tokens.pos, -1), -1, keepdims=True)
+        text = see | {"q_pos": jnp.where((tokens.kind == TEXT) & behind, see["q_pos"], -1)}
+        out["asked"] = received(q, k, lse, diagonal=diagonal, **text) if needs.asked else None
+        out["asked_peak"] = peak(q, k, lse, diagonal=diagonal, **text) if needs.asked_peak else None
+        pictured = see | {"q_pos": jnp.where(image, see["q_pos"], -1)}
+        out["looked"] = received(q, k, lse, diagonal=diagonal, **pictured) if needs.looked else None
     return out
 
 

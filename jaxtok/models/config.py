@@ -73,3 +73,72 @@ class Config:
         """The rotary base of 0-based `layer`."""
         local = bool(self.local) and self.local[layer]
         return self.rope_theta_local if local and self.rope_theta_local is not None else self.rope_theta
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """A bidirectional transformer over patches or tokens: ViT, DeiT, CLIP (both towers), SigLIP, DINOv2, audio spectrogram transformers.
+
+    Shape letters: c = width, h = heads (each c / h wide), f = hidden (MLP), l = layers. Hashable, so a static argument.
+    """
+
+    family: str = "vit"  # Hugging Face model_type
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    image: tuple[int, int] | None = (224, 224)  # height, width that the positions were learned for; None = a text tower
+    patch: tuple[int, int] = (16, 16)
+    channels: int = 3
+    vocab: int | None = None  # of a text tower
+    context: int = 77  # of a text tower: positions there are
+    causal: bool = False  # CLIP's text tower
+    cls: bool = True  # a class token, first
+    distilled: bool = False  # a distillation token after it (DeiT)
+    registers: int = 0  # register tokens after these, without positions (DINOv2)
+    act: str = "gelu"  # gelu (erf), gelu_tanh, quick_gelu, relu, silu
+    gated: bool = False  # down(act(gate(y)) * up(y)) (DINOv2 giant)
+    norm_eps: float = 1e-6
+    stem_norm: bool = False  # a norm between embedding and first layer (CLIP)
+    post: bool = False  # norms after the residual sums, not before the blocks
+    final_norm: bool = True
+    layer_scale: bool = False  # DINOv2
+    qkv_bias: bool = True
+    patch_bias: bool = True
+    pool: str = "cls"  # what the head reads: cls, cls_dist (two heads, averaged), cls_mean (both, side by side), mean, map, eos, last
+    norm_mean: bool = False  # the final norm acts on the mean of the rows, not on the rows
+    out: int | None = None  # classes, or channels of a projection; None = no head
+    out_bias: bool = True
+    bos: int | None = None
+    eos: int | None = None
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        if (self.image is None) == (self.vocab is None):
+            raise ValueError(f"an encoder has an image size or a vocabulary, got image={self.image}, vocab={self.vocab}")
+        if self.image is not None and (self.image[0] % self.patch[0] or self.image[1] % self.patch[1]):
+            raise ValueError(f"image={self.image} must be a multiple of patch={self.patch}")
+        if self.act not in ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu"):
+            raise ValueError(f"act={self.act!r}; supported: gelu, gelu_tanh, quick_gelu, relu, silu")
+        if self.pool not in ("cls", "cls_dist", "cls_mean", "mean", "map", "eos", "last"):
+            raise ValueError(f"pool={self.pool!r}; supported: cls, cls_dist, cls_mean, mean, map, eos, last")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches at the size the positions were learned for."""
+        assert self.image is not None
+        return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
+
+    @property
+    def prefix(self) -> int:
+        """Rows before the patches."""
+        return self.cls + self.distilled + self.registers

@@ -8,6 +8,7 @@ import pytest
 from jaxtok.core import protocols
 from jaxtok.core.reader import Reader
 from jaxtok.core.recipe import Recipe
+from jaxtok.core.reducer import Reducer
 from jaxtok.core.types import Needs
 
 
@@ -19,7 +20,7 @@ class Cfg:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prune(protocols.Reducer):
+class Prune(Reducer):
     name = "prune"
     positions: str = "keep"
     where: str = "block"

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.core.protocols import CachePolicy, CacheScorer, Held, Reducer
+from jaxtok.core.protocols import CachePolicy, CacheScorer, Held
 from jaxtok.core.reader import Reader
 from jaxtok.core.recipe import Recipe
+from jaxtok.core.reducer import Reducer
 from jaxtok.core.rotary import turn
 from jaxtok.core.select import choose, pack
 from jaxtok.core.types import KeyIndex, Needs

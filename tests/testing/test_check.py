@@ -4,7 +4,7 @@ import pytest
 
 import jaxtok as jt
 from jaxtok import testing
-from jaxtok.core.protocols import Reducer
+from jaxtok.core.reducer import Reducer
 from jaxtok.methods import KNorm
 
 make = lambda capacity: KNorm(capacity=capacity)

@@ -1,0 +1,138 @@
+"""The parts of an encoder layer as pure functions of (cfg, parameters, arrays), and what parameters there are.
+
+Parameters are one plain dict (weights [in, out], y = x @ w):
+
+    {"patch": [p*p*ch c], "patch_bias" | "embed": [vocab c],  "prefix": [r c] (class, distillation, register tokens),  "pos": [. c],
+     "stem_norm", "norm", "head" [c out], "head_dist", "map": attention pooling,  "layers": a tuple of l dicts}
+
+    a layer: norm1, q, k, v, o, norm2, up, down (and gate, scale1, scale2); each norm and each product may have a `<name>_bias`.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxtok.core.score import change
+from jaxtok.core.types import Evidence, Needs, Tokens
+from jaxtok.models import blocks
+from jaxtok.models.cached import observe
+from jaxtok.models.config import EncoderConfig
+from jaxtok.ops.attention import attention
+
+
+def norm(cfg: EncoderConfig, p, name: str, x: Array) -> Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + cfg.norm_eps)
+    shape = (1,) * (x.ndim - 1) + (x.shape[-1],)
+    return (y * p[name].astype(jnp.float32).reshape(shape) + p[name + "_bias"].astype(jnp.float32).reshape(shape)).astype(x.dtype)
+
+
+def linear(p, name: str, x: Array) -> Array:
+    y = x @ p[name]
+    return y + p[name + "_bias"].reshape((1,) * (x.ndim - 1) + (-1,)) if name + "_bias" in p else y
+
+
+def act(kind: str, x: Array) -> Array:
+    if kind == "quick_gelu":
+        return x * jax.nn.sigmoid(1.702 * x)
+    named = {"gelu_tanh": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
+    return functools.partial(jax.nn.gelu, approximate=False)(x) if kind == "gelu" else named[kind](x)
+
+
+def heads(cfg: EncoderConfig, x: Array) -> Array:
+    return x.reshape(*x.shape[:2], cfg.heads, -1).transpose(0, 2, 1, 3)
+
+
+def before(cfg: EncoderConfig, p, x: Array) -> Array:
+    """What the attention block reads."""
+    return x if cfg.post else norm(cfg, p, "norm1", x)
+
+
+def attend(cfg: EncoderConfig, p, i: int, tokens: Tokens, needs: Needs, proportional: bool, key, impl: str, probs=None, normed=None):
+    """(attention block's output [b n c] before the residual sum, evidence). `probs` [b h n n]: attend by these."""
+    y = before(cfg, p, tokens.x) if normed is None else normed
+    q, k, v = (heads(cfg, linear(p, name, y)) for name in "qkv")
+    live = tokens.pos >= 0
+    size = jnp.where(live & (tokens.size > 0), tokens.size, 1.0)
+    bias = jnp.broadcast_to(jnp.log(size)[:, None], k.shape[:3]) if proportional else None
+    see: dict[str, Any] = dict(q_pos=tokens.pos, k_pos=tokens.pos, bias=bias, causal=cfg.causal)
+    if probs is not None:
+        out, lse = jnp.einsum("bhqk,bhkd->bhqd", probs.astype(v.dtype), v), None
+    else:
+        out, lse = attention(q, k, v, impl=impl, **see)
+    block = linear(p, "o", out.transpose(0, 2, 1, 3).reshape(y.shape))
+    seen: dict[str, Any] = {"layer": jnp.full((), i, jnp.int32), "key": None if key is None else jax.random.fold_in(key, i)}
+    if needs != Needs():
+        lse = attention(q, k, k[..., :1], impl=impl, **see)[1] if lse is None else lse
+        seen |= observe(needs, q, k, lse, see, tokens=tokens) | {
+            "keys": k if needs.keys else None,
+            "values": v if needs.values else None,
+            "hidden": tokens.x if needs.hidden else None,
+            "weights": {name: p[name] for name in needs.weights} if needs.weights else None,
+        }
+        if needs.change:
+            seen["change"] = change(y, block)[:, :, None]
+    return block, Evidence(**seen)
+
+
+def join(cfg: EncoderConfig, p, x: Array, block: Array, n: int) -> Array:
+    """The residual sum behind block n (1 attention, 2 MLP)."""
+    x = x + (block * p[f"scale{n}"][None, None] if cfg.layer_scale else block)
+    return norm(cfg, p, f"norm{n}", x) if cfg.post else x
+
+
+def mlp(cfg: EncoderConfig, p, y: Array) -> Array:
+    up = linear(p, "up", y)
+    inner = act(cfg.act, linear(p, "gate", y)) * up if cfg.gated else act(cfg.act, up)
+    return linear(p, "down", inner)
+
+
+# --- parameters --------------------------------------------------------------------------------------------------------------
+
+
+def shapes(cfg: EncoderConfig) -> dict[str, Any]:
+    """Name -> shape of every array of `params`; layers as a tuple of dicts."""
+    c, f = cfg.width, cfg.hidden
+    norm = lambda name: {name: (c,), name + "_bias": (c,)}
+    product = lambda name, a, b, bias=True: {name: (a, b)} | ({name + "_bias": (b,)} if bias else {})
+    mlp = product("up", c, f) | product("down", f, c) | (product("gate", c, f) if cfg.gated else {})
+    qkvo = {k: s for name in "qkv" for k, s in product(name, c, c, cfg.qkv_bias).items()} | product("o", c, c)
+    layer = norm("norm1") | qkvo | norm("norm2") | mlp | ({"scale1": (c,), "scale2": (c,)} if cfg.layer_scale else {})
+    out: dict[str, Any] = {"layers": (layer,) * cfg.layers}
+    if cfg.image is None:
+        out |= {"embed": (cfg.vocab, c), "pos": (cfg.context, c)}
+    else:
+        out |= product("patch", math.prod(cfg.patch) * cfg.channels, c, cfg.patch_bias)
+        out |= {"pos": (cfg.cls + cfg.distilled + math.prod(cfg.grid), c)} | ({"prefix": (cfg.prefix, c)} if cfg.prefix else {})
+    out |= norm("stem_norm") if cfg.stem_norm else {}
+    out |= norm("norm") if cfg.final_norm else {}
+    wide = 2 * c if cfg.pool == "cls_mean" else c
+    out |= product("head", wide, cfg.out, cfg.out_bias) if cfg.out is not None else {}
+    out |= product("head_dist", c, cfg.out, cfg.out_bias) if cfg.pool == "cls_dist" and cfg.out is not None else {}
+    if cfg.pool == "map":
+        full = {k: s for name in "qkvo" for k, s in product(name, c, c).items()}
+        out["map"] = {"probe": (c,)} | full | norm("norm") | mlp
+    return out
+
+
+def init(cfg: EncoderConfig, key: Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random parameters: matrices N(0, 1/in), those that write the residual stream divided by sqrt(2 l), norms and scales 1, biases 0."""
+
+    def draw(key, name, shape):
+        if name.endswith("_bias"):
+            return jnp.zeros(shape, dtype)
+        if name.startswith(("norm", "stem_norm", "scale")):
+            return jnp.ones(shape, dtype)
+        std = (
+            0.02 if name in ("pos", "prefix", "probe") else shape[0] ** -0.5 / (math.sqrt(2 * cfg.layers) if name in ("o", "down") else 1.0)
+        )
+        return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(cfg), is_leaf=blocks.is_shape)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten([draw(k, path[-1].key, shape) for k, (path, shape) in zip(keys, leaves, strict=True)])
