@@ -18,7 +18,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def group(nodeid: str) -> str:
     """What shares compiled programs and runs in one process under `-n`: a file, or the laws of one method."""
-    law = re.search(r"test_law\[(.*)-\w+\]$", nodeid)
+    law = re.search(r"test_law(?:_of_rows)?\[(.*)-\w+\]$", nodeid)
     return law[1] if law else nodeid.partition("::")[0]
 
 
@@ -48,8 +48,8 @@ def pytest_terminal_summary(terminalreporter):
     methods, files = collections.Counter(), collections.Counter()
     for report in (r for kind in ("passed", "failed", "") for r in terminalreporter.stats.get(kind, [])):
         files[report.nodeid.split("::")[0]] += report.duration
-        if "test_law[" in report.nodeid:
-            methods[report.nodeid.split("test_law[")[1].rsplit("-", 1)[0]] += report.duration
+        if "::test_law" in report.nodeid and "[" in report.nodeid:
+            methods[group(report.nodeid)] += report.duration
     if methods:
         from tests.methods.test_laws import EXEMPT
 

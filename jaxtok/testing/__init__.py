@@ -9,17 +9,20 @@
         LAWS[law](lambda capacity: Mine(capacity=capacity))
 
 The methods meet prompts of 3 to 12 tokens and capacities from 3 to 27, so a window or what is protected must be small (2 or 3). The first
-law of a method compiles what the others use. One law wants two devices (on a CPU: `jax.config.update("jax_num_cpu_devices", 2)` before
+law of a method compiles what the others use. A method that reduces rows (sites vit, select, layers) has ROW_LAWS; its maker takes how many
+of 16 image rows are left. One law wants two devices (on a CPU: `jax.config.update("jax_num_cpu_devices", 2)` before
 anything runs).
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxtok.testing import rows, world
 from jaxtok.testing.laws import LAWS, Unable
-from jaxtok.testing.world import CAP, recipe_of
+from jaxtok.testing.rows import LAWS as ROW_LAWS
+from jaxtok.testing.world import CAP
 
-__all__ = ["LAWS", "check"]
+__all__ = ["LAWS", "ROW_LAWS", "check"]
 
 HOLDS = "holds"
 
@@ -33,11 +36,13 @@ def check(make: Callable[[int], Any], *, exempt: Mapping[str, str] | None = None
     if not __debug__:
         raise ValueError("the laws are assertions, which python -O leaves out; run without it")
     exempt = dict(exempt or {})
-    if not exempt.keys() <= LAWS.keys():
-        raise ValueError(f"no law {', '.join(sorted(exempt.keys() - LAWS.keys()))}; the laws: {', '.join(LAWS)}")
-    recipe_of(make(CAP))  # what fails here is no law's to say
+    method = make(CAP)  # what fails here is no law's to say
+    laws = ROW_LAWS if getattr(method, "site", None) in ("vit", "select", "layers") else LAWS
+    if not exempt.keys() <= laws.keys():
+        raise ValueError(f"no law {', '.join(sorted(exempt.keys() - laws.keys()))}; the laws: {', '.join(laws)}")
+    (rows if laws is ROW_LAWS else world).recipe_of(method)
     found, broken = {}, []
-    for name, law in LAWS.items():
+    for name, law in laws.items():
         try:
             law(make)
         except Unable as e:
@@ -53,5 +58,5 @@ def check(make: Callable[[int], Any], *, exempt: Mapping[str, str] | None = None
             if name in exempt:
                 broken.append(f"{name}: it holds, but is exempt ({exempt[name]}); take the exemption out")
     if broken:
-        raise AssertionError(f"{len(broken)} of {len(LAWS)} laws do not hold\n" + "\n".join(broken))
+        raise AssertionError(f"{len(broken)} of {len(laws)} laws do not hold\n" + "\n".join(broken))
     return found

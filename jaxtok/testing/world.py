@@ -30,7 +30,9 @@ def world(dtype="float32"):
 
 def recipe_of(method) -> Recipe:
     if method.site not in ("cache", "policy", "reader"):
-        raise ValueError(f"there are laws for the sites cache, policy and reader; {method!r} acts at {method.site!r}")
+        raise ValueError(
+            f"there are laws for the sites cache, policy and reader, and for those of rows; {method!r} acts at {method.site!r}"
+        )
     groups = getattr(method, "groups", 1)  # of several head groups all heads are in the last, which is the one to ask
     return Recipe(**{method.site: method}, heads=((*(0,) * (groups - 1), CFG.kv_heads),) * CFG.layers if groups > 1 else ())
 

@@ -11,6 +11,7 @@ from jaxtok.core import (
     check,
     compose,
     heads,
+    matching,
     plugins,
     protocols,
     reader,
@@ -320,3 +321,26 @@ def _(s):
     policy = H2O(capacity=s.m)
     fn = lambda kv, slots, keep: steps.vacate(policy, {}, protocols.Held(slots), kv, keep)
     return Case(fn, lambda v: {"kv": v.kv(s.m + 1, packed=False), "slots": v.floats(s.b, s.g, s.m + 1), "keep": v.keep(s.b, s.g)})
+
+
+_square = lambda v, s: {"score": v.floats(s.b, s.n, s.m), "source": v.mask(s.b, s.n), "target": v.mask(s.b, s.m), "remove": v.keep(s.b)}
+case("core.matching.unit")(lambda s: Case(matching.unit, lambda v: {"x": v.rows(s.b, s.n, s.d)}))
+case("core.matching.cosine")(lambda s: Case(matching.cosine, lambda v: {"a": v.rows(s.b, s.n, s.d), "b": v.rows(s.b, s.m, s.d)}))
+case("core.matching.packed_order")(lambda s: Case(matching.packed_order, lambda v: {"live": v.mask(s.b, s.n)}))
+case("core.matching.bipartite")(
+    lambda s: Case(lambda **x: matching.bipartite(**x)[0], lambda v: _square(v, s), {"most": s.one(0, s.n, s.m)})
+)
+case("core.matching.scatter")(
+    lambda s: Case(matching.scatter, lambda v: {"order": np.argsort(v.bits(s.b, s.n), -1).astype(np.int32), "x": v.rows(s.b, s.n)})
+)
+case("core.matching.merge_plan")(
+    lambda s: Case(
+        matching.merge_plan,
+        lambda v: {
+            "rank": np.where(v.mask(s.b, s.n), np.argsort(v.bits(s.b, s.n), -1), -1).astype(np.int32),
+            "into": v.ints(-1, s.n - 1, s.b, s.n),
+        },
+        {"weight": None, "m": s.m},
+    )
+)
+case("core.score.change")(lambda s: Case(score.change, lambda v: {"a": v.rows(s.b, s.n, s.d), "b": v.rows(s.b, s.n, s.d)}))

@@ -195,7 +195,33 @@ def shorten(make):
     return build
 
 
-USES = {"prompt": {"run": shorten}, "cache": {"compress": compress}, "policy": {"fit": fit, "step": step}, "reader": {"read": read}}
+def shrink(make):
+    def build(s):
+        s = s._replace(h=s.g)
+        method = make(min(max(s.m, LEAST), 16)).layer(s.i % 3, 3)
+
+        def fn(tokens, evidence, keep=None):
+            own = method.init_params(jax.random.key(0), CFG)
+            if method.needs.probs:
+                square = jnp.broadcast_to(jnp.abs(evidence.cls)[:, :, None], (s.b, s.h, s.n, s.n))
+                evidence = evidence._replace(probs=square)
+            if method.needs.layers:
+                evidence = jax.tree.map(lambda x: jnp.stack([x] * len(method.needs.layers)), evidence)
+            _, plan = method.plan(own, method.start(own, tokens), tokens, evidence, keep)
+            return reduce.reduce(plan, tokens, method.positions)
+
+        def arrays(v):
+            tokens = v.tokens()
+            keep = {"keep": v.keep(s.b)} if s.i % 3 else {}
+            return {"tokens": tokens._replace(rope=tokens.rope[..., :1]), "evidence": v.evidence()} | keep
+
+        return Case(fn, arrays)
+
+    return build
+
+
+ROWS = {site: {"plan": shrink} for site in ("vit", "select", "layers")}
+USES = ROWS | {"prompt": {"run": shorten}, "cache": {"compress": compress}, "policy": {"fit": fit, "step": step}, "reader": {"read": read}}
 
 for _name in registry.names():
     PLAIN[f"build {_name}"] = constructor(registry.get(_name))

@@ -11,7 +11,7 @@ from jaxtok.core.protocols import CacheScorer
 from jaxtok.core.reduce import reduce_kv
 from jaxtok.core.select import choose, pack
 from jaxtok.core.types import Needs
-from jaxtok.testing import LAWS
+from jaxtok.testing import LAWS, ROW_LAWS
 from tests.methods.laws import makers
 
 # (label, law): the reason, from the method's card. A row whose law holds is stale and fails.
@@ -19,7 +19,9 @@ _MOVED = "keys move to compact positions by design: the masked full cache keeps 
 _FOLDED = "what goes is folded into what stays"
 _MEAN = "what is dropped stays in one token, their mean"
 _CHANNELS = "channels of keys are dropped, no tokens"
+_MERGED = "rows are merged, not dropped"
 EXEMPT: dict[tuple[str, str], str] = {
+    **{(name, "rows_dropped_equals_masked"): _MERGED for name in ("tome",)},
     ("key_rerotation", "dropped_equals_masked"): _MOVED,
     ("key_rerotation-ada_kv", "dropped_equals_masked"): _MOVED,
     ("streaming_llm:compact", "dropped_equals_masked"): _MOVED,
@@ -43,7 +45,8 @@ EXEMPT: dict[tuple[str, str], str] = {
 }
 
 # methods of site prompt choose ids before the model runs: tests/methods/prompt/test_site.py has their laws
-NAMES = [name for name in registry.names() if registry.get(name).site != "prompt"]
+NAMES = [name for name in registry.names() if registry.get(name).site in ("cache", "policy", "reader")]
+ROWS = [name for name in registry.names() if registry.get(name).site in ("vit", "select", "layers")]
 CASES = [(label, make) for name in NAMES for label, make in makers(name).items()]
 ONE_EACH = ("snapkv", "h2o", "quest", "ada_kv")  # a method a protocol, and a wrapper: these also run on Python 3.12
 
@@ -60,9 +63,19 @@ def test_law(label, make, law):
         LAWS[law](make)
 
 
+@pytest.mark.parametrize("law", ROW_LAWS)
+@pytest.mark.parametrize("label, make", [pytest.param(*case, id=case[0]) for name in ROWS for case in makers(name).items()])
+def test_law_of_rows(label, make, law):
+    if (label, law) not in EXEMPT:
+        ROW_LAWS[law](make)
+        return
+    with pytest.raises(AssertionError):
+        ROW_LAWS[law](make)
+
+
 def test_exemptions_name_a_method_and_a_law():
-    known = {label for label, _ in CASES}
-    assert not [row for row in EXEMPT if row[0] not in known or row[1] not in LAWS]
+    known = {label for label, _ in CASES} | {label for name in ROWS for label in makers(name)}
+    assert not [row for row in EXEMPT if row[0] not in known or row[1] not in LAWS | ROW_LAWS]
 
 
 # --- methods broken on purpose ------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 
 import jaxtok as jt
 from jaxtok import testing
-from jaxtok.core.reducer import Reducer
+from jaxtok.core.protocols import PromptMethod
 from jaxtok.methods import KNorm
 
 make = lambda capacity: KNorm(capacity=capacity)
@@ -65,8 +65,8 @@ def test_what_is_no_law_s_to_say(laws):
     with pytest.raises(ValueError, match="no room for the 64 protected rows"):
         testing.check(lambda capacity: jt.build("snapkv:window=64", capacity))
 
-    class Pruner(Reducer):
-        site = "layers"
+    class Early(PromptMethod):
+        site = "prompt"
 
-    with pytest.raises(ValueError, match=r"laws for the sites cache, policy and reader.*acts at 'layers'"):
-        testing.check(lambda capacity: Pruner())
+    with pytest.raises(ValueError, match=r"laws for the sites cache, policy and reader.*acts at 'prompt'"):
+        testing.check(lambda capacity: Early())

@@ -1,0 +1,142 @@
+"""ToMe against its formulas, the official outputs and its limits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtok.core.reduce import reduce
+from jaxtok.core.types import IMAGE, SPECIAL, Evidence, Tokens
+from jaxtok.methods import ToMe
+from jaxtok.methods.vision.tome import schedule
+from tests.methods.golden import cases
+
+small = lambda n: ToMe(remove=16 - n)
+
+
+def rows(x, special=1, live=None) -> Tokens:
+    """Tokens of x [b n c]; the first `special` are class tokens."""
+    b, n, _ = x.shape
+    live = np.ones((b, n), bool) if live is None else live
+    pos = np.where(live, np.cumsum(live, 1) - 1, -1).astype(np.int32)
+    kind = np.where(pos < special, SPECIAL, IMAGE).astype(np.int8)
+    zero = np.zeros((b,), np.int32)
+    return Tokens(
+        x=jnp.asarray(x),
+        pos=jnp.asarray(pos),
+        rope=jnp.asarray(np.maximum(pos, 0)[..., None]),
+        size=jnp.asarray(live.astype(np.float32)),
+        kind=jnp.asarray(kind),
+        segment=jnp.full((b, n), -1, jnp.int32),
+        cell=jnp.full((b, n, 2), -1, jnp.int32),
+        source=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n)),
+        seen=jnp.asarray(live.sum(1), jnp.int32),
+        delta=jnp.asarray(zero),
+        lost=jnp.asarray(zero),
+    )
+
+
+def reference(metric, x, size, remove, special):
+    """The card's formulas in loops -> (rows merged, sizes, for each old row its new one)."""
+    n = len(x)
+    unit = metric / np.linalg.norm(metric, axis=-1, keepdims=True)
+    a, b = list(range(0, n, 2)), list(range(1, n, 2))
+    best = {}
+    for i in a:
+        score = [-np.inf if j < special else unit[i] @ unit[j] for j in b]
+        best[i] = (max(score) if i >= special else -np.inf, b[int(np.argmax(score))])
+    gone = sorted((i for i in a if best[i][0] > -np.inf), key=lambda i: (-best[i][0], i))[:remove]
+    order = sorted((i for i in a if i not in gone), key=lambda i: i if special else -best[i][0]) + b
+    into = {i: best[i][1] if i in gone else i for i in range(n)}
+    out, total = np.zeros((len(order), x.shape[1])), np.zeros(len(order))
+    for i in range(n):
+        out[order.index(into[i])] += size[i] * x[i]
+        total[order.index(into[i])] += size[i]
+    return out / total[:, None], total, [order.index(into[i]) for i in range(n)]
+
+
+def merged(tokens, metric, remove, keep=None):
+    special = int((np.asarray(tokens.kind[0]) == SPECIAL).sum())
+    return _merged(ToMe(remove=remove, special=special), tokens, jnp.asarray(metric), keep)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merged(method, tokens, metric, keep):
+    _, plan = method.plan({}, (), tokens, Evidence(keys=metric[:, None]), keep)
+    return plan, reduce(plan, tokens)
+
+
+def test_by_hand():
+    """Rows 1 and 2 are alike, 3 and 4 nearly: with one removal row 2 joins row 1."""
+    metric = np.array([[[1, 0], [0, 1], [0, 1], [1, 0.1], [1, 0]]], np.float32)
+    tokens = rows(np.arange(5, dtype=np.float32).reshape(1, 5, 1), special=1)
+    _, out = merged(tokens, metric, 1)
+    assert out.x[0, :, 0].tolist() == [0, 4, 1.5, 3] and out.size[0].tolist() == [1, 1, 2, 1]
+    assert out.source[0].tolist() == [0, 2, 2, 3, 1]
+    _, out = merged(tokens, metric, 2)
+    assert out.x[0, :, 0].tolist() == [0, 1.5, 3.5] and out.size[0].tolist() == [1, 2, 2]
+
+
+@pytest.mark.parametrize("special, n, remove", [(0, 12, 4), (1, 13, 5), (2, 14, 6), (1, 10, 100)])
+def test_reference(special, n, remove):
+    rng = np.random.default_rng(n)
+    metric, x = rng.normal(size=(3, n, 6)).astype(np.float32), rng.normal(size=(3, n, 4)).astype(np.float32)
+    tokens = rows(x, special)._replace(size=jnp.asarray(rng.integers(1, 5, (3, n)), jnp.float32))
+    _, out = merged(tokens, metric, remove)
+    for i in range(3):
+        want, size, source = reference(metric[i], x[i], np.asarray(tokens.size[i]), min(remove, (n - special) // 2), special)
+        assert out.x.shape[1] >= len(want)
+        np.testing.assert_allclose(out.x[i][-len(want) :], want, atol=1e-5)
+        np.testing.assert_allclose(out.size[i][-len(want) :], size)
+        assert (np.asarray(out.source[i]) - (out.x.shape[1] - len(want))).tolist() == source
+
+
+def test_padding_before_the_rows_changes_nothing():
+    rng = np.random.default_rng(3)
+    metric, x = rng.normal(size=(1, 11, 6)).astype(np.float32), rng.normal(size=(1, 11, 4)).astype(np.float32)
+    _, want = merged(rows(x), metric, 4)
+    pad = lambda a: np.concatenate([rng.normal(size=(1, 3, a.shape[2])).astype(np.float32), a], 1)
+    live = np.arange(14)[None] >= 3
+    _, out = merged(rows(pad(x), live=live), pad(metric), 4)
+    np.testing.assert_allclose(out.x[:, -7:], want.x, atol=1e-6)
+    assert (np.asarray(out.pos)[:, :-7] == -1).all()
+
+
+def test_a_traced_budget_is_obeyed():
+    rng = np.random.default_rng(4)
+    metric, x = rng.normal(size=(2, 12, 6)).astype(np.float32), rng.normal(size=(2, 12, 4)).astype(np.float32)
+    _, out = merged(rows(x, 0), metric, 3, jnp.asarray([8, 30]))
+    assert (np.asarray(out.pos) >= 0).sum(1).tolist() == [8, 9]
+    _, two = merged(rows(x, 0), metric, 4)
+    np.testing.assert_allclose(out.x[0, -8:], two.x[0], atol=1e-6)
+
+
+def test_schedules():
+    assert [(k, m.remove) for k, m in schedule(8, 3)] == [(0, 8), (1, 8), (2, 8)]
+    assert [m.remove for _, m in schedule((8, -1.0), 5)] == [16, 12, 8, 4]  # the last is 0
+    assert [(k, m.remove) for k, m in schedule([0, 5, 3], 5)] == [(1, 5), (2, 3)]
+
+
+def test_official_outputs(data):
+    """Kept groups, merged rows and sizes, and what a second merge makes of them."""
+    for case in cases(data, "tome"):
+        special = int(case["class_token"]) + int(case["distill_token"])
+        tokens = rows(case["x"].astype(np.float32), special)
+        for step in (1, 2):
+            if f"x_merged{step}" not in case:
+                continue
+            _, tokens = merged(tokens, case[f"metric{step}"].astype(np.float32), int(case["r"]))
+            want = case[f"x_merged{step}"], case[f"size{step}"][..., 0], case[f"assign{step}"]
+            np.testing.assert_allclose(tokens.x, want[0], atol=2e-5)
+            np.testing.assert_allclose(tokens.size, want[1])
+            assert (np.asarray(tokens.source) == want[2]).all()
+
+
+def test_official_schedules(data):
+    for case in cases(data, "tome_parse_r"):
+        layers, kind, r = int(case["num_layers"]), str(case["kind"]), case["r"]
+        given = int(r) if kind == "int" else (int(r), float(case["inflect"])) if kind == "pair" else [int(i) for i in r]
+        found = dict(schedule(given, layers))
+        assert [found[i].remove if i in found else 0 for i in range(layers)] == case["out"].tolist()
