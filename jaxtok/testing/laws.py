@@ -203,7 +203,7 @@ def heads_are_interchangeable(make):
 
 
 def transforms_compose(make):
-    """jit of vmap over rows, each a batch of one, of grad of checkpoint, with steps inside a scan, gives row by row what the batch of
+    """jit of vmap over rows, each a batch of one, of grad, with checkpointed steps inside a scan, gives row by row what the batch of
     very different lengths gives; a row with nothing live gives no NaN, in logits or gradients.
     """
     method = make(CAP)
@@ -236,7 +236,7 @@ def transforms_compose(make):
         logits = decoder.logits(CFG, own, y[:, 0])
         return jnp.sum(logits**2), logits[:, 0]
 
-    (value, logits), grad = jax.jit(jax.vmap(jax.value_and_grad(jax.checkpoint(loss), has_aux=True)))(tokens.x, tokens, force[:, :2], keep)
+    (value, logits), grad = jax.jit(jax.vmap(jax.value_and_grad(loss, has_aux=True)))(tokens.x, tokens, force[:, :2], keep)
     assert np.isfinite(value).all() and np.isfinite(grad).all(), "NaN in a gradient"
     near(
         logits, np.swapaxes(out["logits"][:2], 0, 1), 2e-5, "a batch of one, under jit, vmap, grad, checkpoint and scan, against the batch"

@@ -218,6 +218,23 @@ def rows_conserve(make):
         near(np.where(live, size, 0), told, 1e-4, "sizes against sources")
 
 
+def rows_duplicates(make):
+    """Merging rows that are the same changes nothing, when the log of the size is added to attention."""
+    method = make(CAP)
+    if not method.conserves:
+        return
+    _, tokens = world(method.site)
+    image = np.asarray(tokens.kind) == IMAGE
+    x = np.array(tokens.x)
+    for b in range(B):
+        where = np.flatnonzero(image[b] & (np.asarray(tokens.pos)[b] >= 0))
+        x[b, where[1::2]] = x[b, where[: len(where) // 2 * 2 : 2]]
+    pairs = tokens._replace(x=jnp.asarray(x))
+    out, end, _ = result(method, pairs)
+    assert (np.asarray(end.size) > 1).any(), "nothing is merged"
+    near(out, result(make(ROWS), pairs)[0], 2e-5, "duplicates merged against not")
+
+
 def rows_bf16(make):
     """bf16 in, bf16 out."""
     method = make(CAP)
@@ -247,6 +264,7 @@ LAWS = {
         rows_dead,
         rows_dropped_equals_masked,
         rows_conserve,
+        rows_duplicates,
         rows_bf16,
         rows_one_compile,
     )
