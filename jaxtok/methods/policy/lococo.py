@@ -105,6 +105,7 @@ class LoCoCo(CachePolicy):
         return kv, Held(jnp.zeros(kv.pos.shape, jnp.float32))  # a block's scores are not accumulated over blocks
 
     def fit(self, params, state: Held, kv: KV, evidence: Evidence, keep=None) -> Plan | DensePlan:
+        check.cache(kv)
         n = kv.pos.shape[-1]
         if keep is None and self.capacity >= n:
             return select.identity(kv.pos.shape)
