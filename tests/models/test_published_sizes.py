@@ -47,7 +47,7 @@ def model(name):
 
 
 @functools.cache
-def shallow(name, layers=4):
+def shallow(name, layers=2):
     cfg = model(name)[0]
     cfg = dataclasses.replace(cfg, layers=layers, local=cfg.local[:layers])
     return cfg, jax.eval_shape(lambda: blocks.init(cfg, jax.random.key(0), jnp.bfloat16))
