@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.core.reader import Sight
-from jaxtok.ops import attention, cache, evidence, landmark, noise, offload, read
+from jaxtok.ops import attention, cache, diagnostics, evidence, landmark, noise, offload, read
 from tests.calls.cases import Case, case
 from tests.calls.values import Sizes, Values
 
@@ -59,10 +59,40 @@ def look_back(look, q, k, **see):
     return look(q, k, lse, **see)
 
 
-for _look in (evidence.received, evidence.peak, evidence.rows):
-    case(f"ops.evidence.{_look.__name__}")(
+for _look in (evidence.received, evidence.peak, evidence.rows, diagnostics.entropies):
+    case(f"ops.{_look.__module__.rsplit('.', 1)[1]}.{_look.__name__}")(
         lambda s, look=_look: Case(functools.partial(look_back, look), functools.partial(operands, s), how(s))
     )
+
+
+@case("ops.diagnostics.entropies_of")
+def _(s):
+    places = lambda v: {"q_pos": v.positions(s.b, s.t, packed=False), "k_pos": v.positions(s.b, s.n, packed=False)}
+    arrays = lambda v: {"attn": v.floats(s.b, s.h, s.t, s.n, least=0)} | (places(v) if s.t != s.n or s.i % 2 else {})
+    return Case(diagnostics.entropies_of, arrays)
+
+
+def received(s: Sizes, v: Values) -> dict[str, Any]:
+    places = {name: x for name, x in operands(s, v).items() if name.endswith("_pos")}
+    return {"received": v.floats(s.b, s.h, s.n, least=0)} | places
+
+
+case("ops.diagnostics.first_of")(lambda s: Case(diagnostics.first_of, lambda v: received(s, v), {"count": s.m}))
+
+
+@case("ops.diagnostics.sinks")
+def _(s):
+    fn = lambda received, row, column, q_pos, k_pos: diagnostics.sinks(diagnostics.Entropies(row, column, received), q_pos, k_pos)
+    share = lambda v, n: v.floats(s.b, s.h, n, least=0) % 1
+    return Case(fn, lambda v: received(s, v) | {"row": share(v, s.t), "column": share(v, s.n)})
+
+
+@case("ops.diagnostics.dormant")
+def _(s):
+    return Case(diagnostics.dormant, lambda v: {"row": v.floats(s.b, s.h), "column": v.floats(s.b, s.h)}, {"below": 0.2, "above": 0.8})
+
+
+case("ops.diagnostics.sinks_kept")(lambda s: Case(diagnostics.sinks_kept, lambda v: {"pos": v.kv(packed=False).pos}, {"sinks": s.m}))
 
 
 def bits(v: Values, *shape: int) -> np.ndarray:
