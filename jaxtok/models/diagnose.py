@@ -150,16 +150,23 @@ def sinks_needed(found: Diagnosis, least: float = 0.1) -> int:
     return int(np.max(np.nonzero(most >= least)[0], initial=-1)) + 1
 
 
-def dormant(found: Diagnosis, *, below: float, above: float) -> Bool[Array, "l b h"]:
-    """Which heads are dormant on which sequence: row entropy under `below`, column entropy over `above`."""
-    return diagnostics.dormant(found.row, found.column, below=below, above=above)
+def dormant(found: Diagnosis, *, below: float, above: float, least: float = 0.0) -> Bool[Array, "l b h"]:
+    """Which heads are dormant on which sequence: row entropy under `below`, column entropy over `above`, sink mass `least` or more.
+
+    The paper has no `least`. Columns near the end are seen by few queries and are easily even, so on short texts a head that looks at its
+    neighbours may pass by entropies alone: ask for some mass (0.3, say) before you act on the answer.
+    """
+    check.between("least", least, 0, 1)
+    return diagnostics.dormant(found.row, found.column, below=below, above=above) & (found.mass >= least)
 
 
-def full_heads(found: Diagnosis, *, below: float, above: float) -> Bool[np.ndarray, "l g"]:
+def full_heads(found: Diagnosis, *, below: float, above: float, least: float = 0.0) -> Bool[np.ndarray, "l g"]:
     """The KV heads that should keep their whole cache: those with a query head that is active on some sequence. The others can stream.
 
-    For `core.heads.split`, which makes sizes for Recipe.heads and the order of the weights. No training; on prompts like yours.
+    For `core.heads.split`, which makes sizes for Recipe.heads and the order of the weights. No training; on prompts like yours. Thresholds
+    as `dormant`.
     """
     layers, _, heads = found.row.shape
-    asleep = np.asarray(jnp.all(dormant(found, below=below, above=above), 1))
-    return ~asleep.reshape(layers, found.drain.shape[2], heads // found.drain.shape[2] if heads else 1).all(-1)
+    asleep = np.asarray(jnp.all(dormant(found, below=below, above=above, least=least), 1))
+    g = found.drain.shape[2]
+    return ~asleep.reshape(layers, g, heads // g).all(-1)

@@ -159,7 +159,7 @@ def first_of(received: Float32[Array, "b h s"], q_pos: Int32[Array, "b t"], k_po
     """
     check.count("count", count)
     (b, h, s), place = received.shape, _places(k_pos)
-    if place.shape[0] != b or place.shape[2] != s or h % place.shape[1] or q_pos.shape[:1] != (b,):
+    if place.shape[0] != b or place.shape[2] != s or not place.shape[1] or h % place.shape[1] or q_pos.shape[:1] != (b,):
         raise ValueError(
             f"received is {list(received.shape)}, q_pos {list(q_pos.shape)}, k_pos {list(k_pos.shape)}; batch and keys must agree"
         )

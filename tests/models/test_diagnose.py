@@ -139,6 +139,7 @@ def test_full_heads_are_grouped_as_queries_read_them():
         jnp.asarray(row), jnp.ones((1, 1, 4)), *[jnp.zeros(())] * 2, jnp.zeros((1, 1, 2)), *[jnp.zeros(())] * 2
     )
     np.testing.assert_array_equal(diagnose.full_heads(of([[[0.0, 0.0, 0.0, 0.9]]]), below=0.5, above=0.5), [[False, True]])
+    np.testing.assert_array_equal(diagnose.full_heads(of([[[0.0, 0.0, 0.0, 0.9]]]), below=0.5, above=0.5, least=0.1), [[True, True]])
 
 
 @pytest.mark.parametrize(
