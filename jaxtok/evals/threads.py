@@ -15,6 +15,9 @@ Two wordings. template="ruler" is the paper's haystack: a JSON object of UUIDs (
 are worded anew. template="short" is a list that the embedded model reads, "mako=528, tiru=991, ", with keys of five letters so that a
 small context holds many. In threads all values are words, so nothing tells a thread's pairs from the others.
 
+The embedded model (full cache, 256 to 1,024 characters, 50 cases each) finds every value of single_needle and multi_needle, 1% of those of
+conditional_needle and not one end of a thread: it was never shown those tasks, so only a larger model tells compressors apart on them.
+
 How branches are laid is our reading of the paper: a dead end is one pair long.
 """
 

@@ -160,6 +160,35 @@ def _(s):
 
 
 case("ops.offload.to_host")(lambda s: Case(offload.to_host, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d)}))
+
+
+@case("ops.offload.stow")
+def _(s):
+    what = s.one(("k", "v"), ("v",), ())
+    fn = lambda kv, slots, what: tuple(offload.stow(kv, slots, what))
+    return Case(fn, lambda v: {"kv": v.kv(packed=False)}, {"slots": s.n // 2, "what": what})
+
+
+def cut(x, n):
+    return offload.Halves(offload.to_host(x[:, :, :n]), x[:, :, n:])
+
+
+case("ops.offload.whole")(lambda s: Case(lambda x: offload.whole(cut(x, s.m)), lambda v: {"x": v.rows(s.b, s.g, s.n, s.d)}))
+case("ops.offload.together")(lambda s: Case(lambda kv: offload.together(offload.stow(kv, s.n // 2)), lambda v: {"kv": v.kv()}))
+case("ops.offload.aligned")(lambda s: Case(offload.aligned, lambda v: {"kv": v.kv(packed=False)}, {"block": s.one(1, 2, 3)}))
+case("ops.offload.newest")(lambda s: Case(offload.newest, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d), "slot": v.ints(0, s.n - 1)}))
+case("ops.offload.nbytes")(
+    lambda s: Case(lambda kv: jnp.asarray(sum(offload.nbytes(kv)), jnp.float32), lambda v: {"kv": v.kv(packed=False)})
+)
+
+
+@case("ops.offload.rows")
+def _(s):
+    fn = lambda x, slots: offload.rows(cut(x, s.n // 2) if s.i % 2 else x, slots)
+    slots = lambda v: v.ints(-1, s.n - 1, s.b, s.g, s.m)
+    return Case(fn, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d), "slots": slots(v)})
+
+
 case("ops.offload.fetch_rows")(
     lambda s: Case(
         lambda x, slots: offload.fetch_rows(offload.to_host(x), slots),
