@@ -169,4 +169,4 @@ def full_heads(found: Diagnosis, *, below: float, above: float, least: float = 0
     layers, _, heads = found.row.shape
     asleep = np.asarray(jnp.all(dormant(found, below=below, above=above, least=least), 1))
     g = found.drain.shape[2]
-    return ~asleep.reshape(layers, g, heads // g).all(-1)
+    return np.asarray(~np.all(asleep.reshape(layers, g, heads // g), -1))

@@ -207,6 +207,11 @@ def test_rows_say_how_many_sinks_are_left(result):
     assert any(row["sinks"] < 4 for row in result.rows)
 
 
+def test_offload_is_refused():
+    with pytest.raises(ValueError, match=r"tokenselect:offload=true.*leave offload out"):
+        compare.checked("tokenselect:offload=true", 16, tiny.CFG, None)
+
+
 def test_sink_figure(tmp_path):
     path = figures.sinks([("a", np.eye(3, 5)), ("b", np.zeros((20, 32)))], tmp_path / "sinks.png")
     assert path.stat().st_size > 10_000
