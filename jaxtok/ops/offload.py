@@ -2,7 +2,11 @@
 
 A cache that is read in parts (a reader with offload=True) is cut in two when its prompt is in: the prompt's slots go to host memory and are
 only read from then on; new tokens get slots of their own on the device (`Halves`). So no step writes to host memory, and what crosses in
-a step are the rows that the reader chose.
+a step are the rows that the reader chose, gathered by the host. Generating keeps the new tokens on the device: room for `new` of them is
+allocated there. Another prefill on such caches brings them back whole, a layer at a time, and stows them anew.
+
+No gradient passes through such a cache (JAX raises). Programs lower for TPU and CUDA with the placements in them; on accelerators they have
+not been run.
 """
 
 from typing import Any, NamedTuple
