@@ -23,8 +23,8 @@ class Compare(Common):
     budgets: tuple[str, ...] = ("50%", "25%", "10%")
     """Slots a KV head: numbers of tokens, or shares of the context (25%)."""
     tasks: tuple[str, ...] = ("needle", "multi_key", "kv_recall")
-    """needle, multi_key, multi_value, multi_query, kv_recall, variable_tracking, common_words, frequent_words, perplexity, or RULER-style
-    .jsonl files."""
+    """needle, multi_key, multi_value, multi_query, kv_recall, variable_tracking, common_words, frequent_words, single_needle, multi_needle,
+    conditional_needle, thread, multi_thread, branched_thread, perplexity, or RULER-style .jsonl files."""
     model: str = EMBEDDED
     """A Hugging Face directory or hub id, a llama2.c .bin file or directory, or `embedded`, the model of the package."""
     draft: str | None = None

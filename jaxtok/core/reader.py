@@ -33,6 +33,8 @@ class Reader(Method):
     block: int = 1
     ends: tuple[int, ...] = ()  # token ids that close a sentence
     raw: bool = False  # keys stored unrotated; `read` then says where the keys and the queries stand
+    offload: bool = False  # the prompt's part of the arrays in `hosted` stands in host memory
+    hosted: ClassVar[tuple[str, ...]] = ()  # of k and v, those that only chosen rows are read of
     attends: ClassVar[bool] = False  # attends itself (`attend`) instead of naming slots (`read`); no step policy beside it
 
     def start(self, params, layer: int, kv: KV, h: int) -> Any:

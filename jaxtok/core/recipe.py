@@ -180,6 +180,10 @@ class Recipe:
                 )
         if self.reader is not None and self.reader.attends and self.policy is not None:
             raise ValueError(f"{self.reader.name} attends by itself and knows slots by where they were written; use no policy beside it")
+        if self.reader is not None and self.reader.offload and self.policy is not None:
+            raise ValueError(
+                f"{self.policy.name} writes to any slot, but {self.reader.name} keeps the prompt's in host memory; set offload=False"
+            )
         if self.reader is not None and groups > 1:
             raise ValueError(f"{self.reader.name} reads caches of one head group; Recipe.heads splits them into {groups}")
 

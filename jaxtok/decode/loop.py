@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import Tokens
 from jaxtok.decode.sampling import Sampler, sample
-from jaxtok.models import blocks, decoder
+from jaxtok.models import blocks, cached, decoder
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN, Layers
 
@@ -178,7 +178,7 @@ def prefill_chunked(
         here = count if read else count - 1
         (x, layers), _ = jax.lax.scan(one, (tokens.x, layers), (split(ids)[:here], split(live)[:here]))
         if read:
-            return tokens._replace(x=x), layers
+            return tokens._replace(x=x), cached.stow_all(recipe.reader, layers, count * chunk)
     return decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers if count > 1 else None, keep=keep, key=key, impl=impl)
 
 

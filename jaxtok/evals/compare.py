@@ -84,7 +84,12 @@ def checked(spec: str, capacity: int, cfg: Config, draft) -> None:
     """ValueError for what cannot work at this budget: on this model, with this draft (model or configuration)."""
     heads.validate(spec, capacity, cfg, recipe_of)
     if not heads.told_apart(spec):
-        check_draft(cfg, recipe_of(spec, capacity), draft)
+        recipe = recipe_of(spec, capacity)
+        if recipe.reader is not None and recipe.reader.offload:
+            raise ValueError(
+                f"{spec}: a comparison does not place caches in host memory, and answers are the same without; leave offload out"
+            )
+        check_draft(cfg, recipe, draft)
 
 
 def fitted(

@@ -112,6 +112,24 @@ def kept(maps: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.Path | No
     return out
 
 
+def sinks(panels: Sequence[tuple[str, Any]], out: pathlib.Path) -> pathlib.Path:
+    """Heat maps layer by head, a panel a (title, sink mass [l h]): the share of a head's attention that the first token takes."""
+    maps = [(title, np.asarray(mass, float)) for title, mass in panels]
+    wide = max(m.shape[1] for _, m in maps)
+    figure, axes = _new(1.6 + len(maps) * max(1.8, 0.3 * wide), 0.9 + max(1.4, max(0.3 * m.shape[0] for _, m in maps)), 1, len(maps))
+    image = None
+    for axis, (title, mass) in zip(axes[0], maps, strict=True):
+        image = axis.imshow(mass, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+        axis.set_xticks(range(0, mass.shape[1], 1 + mass.shape[1] // 16))
+        axis.set_yticks(range(0, mass.shape[0], 1 + mass.shape[0] // 16))
+        axis.set_title(title, fontsize=8)
+    figure.supxlabel("query head", fontsize=8)
+    figure.supylabel("layer", fontsize=8)
+    figure.colorbar(image, ax=axes, label="attention to the first token")
+    figure.savefig(out, dpi=130)
+    return out
+
+
 def perplexities(rows: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.Path | None:
     """NLL a token against the budget, a line a method. None without perplexity rows."""
     mine = [r for r in rows if r["task"] == "perplexity"]

@@ -26,6 +26,7 @@ from jaxtok.models.text import Tokenizer
 
 SITES = ("prompt", "cache", "policy", "reader")
 FULL = "full"
+SINKS = 4  # first tokens: where attention sinks stand
 
 
 def site_of(spec: str) -> str:
@@ -175,7 +176,8 @@ class Work:
             (said, lost, _), b = timed(used.decode.call, params, tokens, layers, after, self.key)
             seconds += [a + b] if i else []
             if i < len(todo):
-                facts = [np.asarray(x) for x in (said, lost, count, kl.T, same.T, reference.live[i])]
+                first = jnp.sum(where[:, :SINKS], -1)
+                facts = [np.asarray(x) for x in (said, lost, count, first, kl.T, same.T, reference.live[i])]
                 found += _cases(mine, self.tokenizer, *facts)
             if i == 0:
                 map_ = _map(spec, budget, mine[0], np.asarray(where[0]), len(mine[0].context))
@@ -234,7 +236,7 @@ def keeps(recipe: Recipe, share: jax.Array | None, capacity: int) -> tuple[dict[
     return keep, keep if site == "policy" else None
 
 
-def _cases(mine, tokenizer, said, lost, count, kl, same, live) -> list[dict[str, Any]]:
+def _cases(mine, tokenizer, said, lost, count, first, kl, same, live) -> list[dict[str, Any]]:
     """What is known of each case of a batch; rows past the cases are padding."""
     out = []
     for i, case in enumerate(mine):
@@ -249,6 +251,7 @@ def _cases(mine, tokenizer, said, lost, count, kl, same, live) -> list[dict[str,
                 "top1": float(agreement.mean_over(same[i][None].astype(float), counted)[0]),
                 "kept": float(count[i]),
                 "lost": float(lost[i]),
+                "sinks": float(first[i]),
                 "said": text,
                 "wanted": list(case.example.answers),
             }
@@ -260,14 +263,16 @@ def row(facts: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
     """One row: means over the cases of a task and length.
 
     score: string match. kl (nats), top1: on the full model's continuation. kept, lost: live slots after compression, and rows without
-    room, a layer and KV head. capacity: static slots asked for. Per sequence: cache_bytes (arrays allocated, with room for question and
+    room, a layer and KV head. sinks: how many of the first SINKS tokens are among the kept ones (attention sinks stand there). capacity: static slots asked for. Per sequence: cache_bytes (arrays allocated, with room for question and
     continuation), prefill_flops, prefill_bytes. Per sequence and generated token: step_flops, step_bytes. Per batch: peak_bytes,
     compile_s (of its programs, also where another row compiled them), time_s (median of prefill + generation).
     """
     task, length = found[0]["case"]
     mean = lambda name: float(np.nanmean(v)) if np.isfinite(v := [f[name] for f in found]).any() else None
     row = {"method": facts["method"], "budget": facts["budget"], "task": task, "length": length, "cases": len(found)}
-    row |= {name: mean(name) for name in ("score", "kl", "top1", "kept", "lost")} | {k: v for k, v in facts.items() if k not in row}
+    row |= {name: mean(name) for name in ("score", "kl", "top1", "kept", "lost", "sinks")} | {
+        k: v for k, v in facts.items() if k not in row
+    }
     row["each"] = [{"depth": f["depth"] if math.isfinite(f["depth"]) else None, "score": f["score"]} for f in found]
     row["sample"] = {name: found[0][name] for name in ("said", "wanted")}
     return row

@@ -40,7 +40,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             line["tasks"][task] = _mean([r["score"] for r in these], [r["cases"] for r in these])
         scores = list(line["tasks"].values())
         line["score"] = _mean(scores, [1] * len(scores))
-        for name in ("kl", "top1", "kept", "lost", *COSTS):
+        for name in ("kl", "top1", "kept", "lost", "sinks", *COSTS):
             source = scored if scored or name not in ("kept", "lost", "compile_s") else mine
             values, w = [r.get(name) for r in source], weights if source is scored else [r["cases"] for r in source]
             known = [v for v in values if v is not None]
@@ -83,6 +83,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Any:
     for name in ("kept", "lost"):
         out.add_column(name, justify="right")
     if names:
+        out.add_column("sinks\nof 4", justify="right")
         for name in ("cache\nB", "moved\nB/tok", "FLOP\n/tok", "FLOP\nprefill", "peak\nB"):
             out.add_column(name, justify="right")
     out.add_column("compile\ns", justify="right")
@@ -96,7 +97,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Any:
         cells += [show(line["tasks"].get(n)) for n in names] + ([show(line["score"])] if len(names) > 1 else [])
         cells += [show(line["nll"], 3), show(line["perplexity"])] if running else []
         cells += [show(line["kl"], 3), show(line["top1"])] if names else []
-        cells += [show(line["kept"], 1), show(line["lost"], 1)]
+        cells += [show(line["kept"], 1), show(line["lost"], 1)] + ([show(line["sinks"], 1)] if names else [])
         cells += [size(line[k]) for k in ("cache_bytes", "step_bytes", "step_flops", "prefill_flops", "peak_bytes")] if names else []
         cells += [show(line["compile_s"], 1)] + ([show(line["time_s"])] if names else [])
         out.add_row(*cells)
@@ -106,7 +107,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Any:
 
 LEGEND = (
     "score: share of the answers found. KL (nats), top-1: next-token agreement with the full model on its own continuation. kept, lost: "
-    "slots a layer and KV head. cache, moved, FLOP: of one sequence. peak, time (median of prefill + continuation): of a batch. "
+    "slots a layer and KV head. sinks: how many of the first four tokens are kept. cache, moved, FLOP: of one sequence. peak, time (median of prefill + continuation): of a batch. "
     "compile: wall seconds of the programs, several at a time; shared ones count in each row."
 )
 

@@ -5,7 +5,7 @@ compressed after the context (question unseen) or after context + question (quer
 
     "short"  made for a small character model and easy to read: a fact is the sentence " Remember mako=528.", the question
              "\\nRemember mako=". Several at once: "\\nRecall (a) mako= (b) tiru=: (a) mako=", continued "528 (b) tiru=991".
-    "ruler"  the wording of RULER (arXiv:2404.06654), for language models.
+    "ruler"  the wording of RULER (arXiv:2404.06654), for language models; of the threading tasks, UUIDs in a JSON object (`threads`).
 
 Keys of the short wording are random letters, split by a checksum: those for training (`split="train"`) and those for
 evaluation never meet. The default haystack is `haystack()`, text that the embedded model was not trained on.
@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtok.evals.wording import TEMPLATES, Template, value_range, values, word_keys
-
-Encode = Callable[[str], Sequence[int]]
+from jaxtok.evals import threads
+from jaxtok.evals.source import Draft, Encode, Source, chars
+from jaxtok.evals.wording import TEMPLATES, value_range, values, word_keys
 
 
 class Example(NamedTuple):
@@ -38,79 +38,13 @@ class Example(NamedTuple):
     max_new: int  # tokens that a perfect continuation takes
 
 
-def chars(text: str) -> list[int]:
-    """The default `encode`: a token a character."""
-    return list(map(ord, text))
-
-
 @functools.cache
 def haystack() -> str:
     """The text inside the package that the embedded model never saw: 150 KB of Shakespeare (public domain, see haystack.md)."""
     return importlib.resources.files("jaxtok.evals").joinpath("haystack.txt").read_text("utf-8")
 
 
-# --- filling a context to a length ------------------------------------------------------------------------------------
-
-
-class _Source(NamedTuple):
-    """What a task draws from."""
-
-    rng: np.random.Generator
-    encode: Encode
-    room: int  # tokens of context + question
-    depth: float | None
-    text: str
-    template: Template
-    split: str
-
-    def fit(self, build: Callable[[int], str], question: str, *, unit: float = 1.0) -> str:
-        """The longest `build(n)` found, n >= 0, that with the question takes at most `room` tokens. unit: characters a step of n."""
-        room = self.room - len(self.encode(question))
-        base = build(0)
-        low, used = 0, len(self.encode(base))
-        if used > room:
-            raise ValueError(
-                f"length={self.room} tokens is too short: the case takes {used + self.room - room} without its filler; raise length"
-            )
-        best, high, per = base, None, 1 / unit
-        guess = low + max(1, int((room - used) * per))
-        for _ in range(24):
-            made = build(guess)
-            count = len(self.encode(made))
-            if count <= room:
-                low, used, best = guess, count, made
-            else:
-                high = guess
-            if count == room or (high is not None and high - low <= 1):
-                break
-            per = guess / max(1, count - len(self.encode(base))) if guess > 0 else per
-            guess = low + max(1, int((room - used) * per))
-            if high is not None and guess >= high:  # the estimate overshoots: halve
-                guess = (low + high) // 2
-            if guess == low:
-                break
-        return best
-
-    def window(self) -> Callable[[int], str]:
-        """n characters of the haystack from a random word on, round and round."""
-        text = self.text
-        start = int(self.rng.integers(0, len(text)))
-        start = max(text.find(" ", start), text.find("\n", start)) + 1 if text.find(" ", start) >= 0 else 0
-
-        def take(n: int) -> str:
-            out = text[start : start + n]
-            while len(out) < n:
-                out += text[: n - len(out)]
-            return out
-
-        return take
-
-    def fresh(self, n: int, many: int = 1) -> tuple[list[str], list[str]]:
-        """n keys and n * many values."""
-        return self.template.keys(self.rng, n, self.split), values(self.rng, n * many, self.template.digits)
-
-    def place(self) -> float:
-        return float(self.rng.random()) if self.depth is None else self.depth
+# --- facts in text -----------------------------------------------------------------------------------------------------
 
 
 def _hide(text: str, facts: Sequence[tuple[float, str]]) -> str:
@@ -126,48 +60,40 @@ def _hide(text: str, facts: Sequence[tuple[float, str]]) -> str:
     return "".join(out) + text[last:]
 
 
-class _Draft(NamedTuple):
-    context: str
-    question: str
-    answers: tuple[str, ...]
-    reply: str
-    unique: bool = True  # each answer must stand in the context exactly once
-
-
-def _needles(s: _Source, asked: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]], several: bool = False) -> _Draft:
+def _needles(s: Source, asked: Sequence[tuple[str, str]], others: Sequence[tuple[str, str]], several: bool = False) -> Draft:
     """Facts in text, some of which are asked; the first asked one stands at the wanted depth."""
     t = s.template
     facts = [(s.place() if i == 0 else float(s.rng.random()), t.fact(k, v)) for i, (k, v) in enumerate([*asked, *others])]
     keys, answers = [k for k, _ in asked], [v for _, v in asked]
     question = t.ask(keys, several)
     take, intro = s.window(), t.intro(len(facts))
-    return _Draft(s.fit(lambda n: intro + _hide(take(n), facts), question), question, tuple(answers), t.reply(keys, answers))
+    return Draft(s.fit(lambda n: intro + _hide(take(n), facts), question), question, tuple(answers), t.reply(keys, answers))
 
 
-def _needle(s: _Source) -> _Draft:
+def _needle(s: Source) -> Draft:
     keys, vals = s.fresh(1)
     return _needles(s, [(keys[0], vals[0])], [])
 
 
-def _multi_key(s: _Source, *, needles: int = 8) -> _Draft:
+def _multi_key(s: Source, *, needles: int = 8) -> Draft:
     keys, vals = s.fresh(needles)
     pairs = list(zip(keys, vals, strict=True))
     return _needles(s, pairs[:1], pairs[1:])
 
 
-def _multi_value(s: _Source, *, asked: int = 2, needles: int = 4) -> _Draft:
+def _multi_value(s: Source, *, asked: int = 2, needles: int = 4) -> Draft:
     """`asked` facts with one key, the rest with others; all values of that key are wanted."""
     keys, vals = s.fresh(needles - asked + 1, asked)
     return _needles(s, [(keys[0], v) for v in vals[:asked]], list(zip(keys[1:], vals[asked:])), several=True)  # noqa: B905
 
 
-def _multi_query(s: _Source, *, asked: int = 2, needles: int = 8) -> _Draft:
+def _multi_query(s: Source, *, asked: int = 2, needles: int = 8) -> Draft:
     keys, vals = s.fresh(needles)
     pairs = list(zip(keys, vals, strict=True))
     return _needles(s, pairs[:asked], pairs[asked:])
 
 
-def _kv_recall(s: _Source) -> _Draft:
+def _kv_recall(s: Source) -> Draft:
     """A list of pairs that fills the context, one of them asked: associative recall."""
     t = s.template
     keys = t.keys(s.rng, s.room // 2 + 2, s.split)  # a pair takes two tokens or more
@@ -186,10 +112,10 @@ def _kv_recall(s: _Source) -> _Draft:
     n = next(i for i in range(len(rows) + 1) if len(intro) + sum(map(len, rows[:i])) == len(context))
     i = min(n - 1, int(place * n))
     rows[i] = t.row(keys[i], answer)
-    return _Draft(intro + "".join(rows[:n]), t.ask([keys[i]], False), (answer,), t.reply([keys[i]], [answer]))
+    return Draft(intro + "".join(rows[:n]), t.ask([keys[i]], False), (answer,), t.reply([keys[i]], [answer]))
 
 
-def _variable_tracking(s: _Source, *, hops: int = 4) -> _Draft:
+def _variable_tracking(s: Source, *, hops: int = 4) -> Draft:
     """A chain x1 = value, x2 = x1, ...: which keys hold the value? Links in order, at random places (`depth` is of no consequence)."""
     short = s.template is TEMPLATES["short"]
     keys, vals = word_keys(s.rng, hops + 1, s.split), values(s.rng, 1, s.template.digits if short else 5)
@@ -208,7 +134,7 @@ def _variable_tracking(s: _Source, *, hops: int = 4) -> _Draft:
     intro = "" if short else "Memorize and track the chain(s) of variable assignment hidden in the following text.\n"
     facts = list(zip(np.sort(s.rng.random(len(links))).tolist(), links, strict=True))
     take = s.window()
-    return _Draft(s.fit(lambda n: intro + _hide(take(n), facts), question), question, tuple(keys), " " + " ".join(keys), unique=False)
+    return Draft(s.fit(lambda n: intro + _hide(take(n), facts), question), question, tuple(keys), " " + " ".join(keys), unique=False)
 
 
 def _shuffled(words: list[str], join: Callable[[list[str]], str]) -> str:
@@ -217,7 +143,7 @@ def _shuffled(words: list[str], join: Callable[[list[str]], str]) -> str:
     return join([words[i] for i in order])
 
 
-def _common_words(s: _Source, *, common: int | None = None, times: int | None = None, rare: int | None = None) -> _Draft:
+def _common_words(s: Source, *, common: int | None = None, times: int | None = None, rare: int | None = None) -> Draft:
     """`common` words stand `times` times each, the others `rare` times: which are common? (10, 30, 3 in RULER; 3, 8, 1 short.)"""
     short = s.template is TEMPLATES["short"]
     common, times, rare = (d if x is None else x for x, d in zip((common, times, rare), (3, 8, 1) if short else (10, 30, 3), strict=True))
@@ -239,10 +165,10 @@ def _common_words(s: _Source, *, common: int | None = None, times: int | None = 
     def build(n: int) -> str:
         return intro + _shuffled(words[:common] * times + words[common : common + n] * rare, join)
 
-    return _Draft(s.fit(build, question, unit=6.0 * rare), question, tuple(words[:common]), " " + " ".join(words[:common]), unique=False)
+    return Draft(s.fit(build, question, unit=6.0 * rare), question, tuple(words[:common]), " " + " ".join(words[:common]), unique=False)
 
 
-def _frequent_words(s: _Source, *, alpha: float = 2.0, top: int = 3) -> _Draft:
+def _frequent_words(s: Source, *, alpha: float = 2.0, top: int = 3) -> Draft:
     """Words whose counts fall as rank ** -alpha amid dots (the most frequent "word"): which are the `top` most frequent?"""
     short = s.template is TEMPLATES["short"]
     number = {2: "two", 3: "three", 4: "four", 5: "five"}.get(top, str(top))
@@ -268,10 +194,10 @@ def _frequent_words(s: _Source, *, alpha: float = 2.0, top: int = 3) -> _Draft:
         listed = [w for w, c in zip(words, counts, strict=True) for _ in range(c)]
         return intro + _shuffled(listed + ["..."] * max(0, n + 20 - len(listed)), " ".join)
 
-    return _Draft(s.fit(build, question, unit=5.0), question, tuple(words[:top]), " " + " ".join(words[:top]), unique=False)
+    return Draft(s.fit(build, question, unit=5.0), question, tuple(words[:top]), " " + " ".join(words[:top]), unique=False)
 
 
-TASKS: dict[str, Callable[..., _Draft]] = {
+TASKS: dict[str, Callable[..., Draft]] = {
     "needle": _needle,
     "multi_key": _multi_key,
     "multi_value": _multi_value,
@@ -280,6 +206,7 @@ TASKS: dict[str, Callable[..., _Draft]] = {
     "variable_tracking": _variable_tracking,
     "common_words": _common_words,
     "frequent_words": _frequent_words,
+    **threads.TASKS,
 }
 
 
@@ -303,7 +230,7 @@ def examples(
     depth: where the asked fact stands, 0 the start .. 1 the end of the context; None = uniform, drawn for each case.
     text: the haystack; None = `haystack()`. template: a wording of `TEMPLATES`. split: which keys ("train" is for training).
     options: multi_key needles=8; multi_value asked=2, needles=4; multi_query asked=2, needles=8 (facts in all); variable_tracking hops=4;
-        common_words common, times, rare; frequent_words alpha=2, top=3.
+        common_words common, times, rare; frequent_words alpha=2, top=3; those of the threading tasks: see `threads`.
     Raises ValueError for an unknown name, a depth outside 0..1, an option the task lacks, or a length with no room for the facts.
     """
     if task not in TASKS:
@@ -329,7 +256,7 @@ def _case(
     template = TEMPLATES[name]
     for attempt in range(50):
         rng = np.random.default_rng([seed, zlib.crc32(task.encode()), i, attempt])
-        draft = TASKS[task](_Source(rng, encode, length, depth, text, template, split), **options)
+        draft = TASKS[task](Source(rng, encode, length, depth, text, template, split), **options)
         if not draft.unique or all(draft.context.count(a) == 1 for a in draft.answers):
             break
     else:

@@ -19,6 +19,7 @@ from jaxtok.core.score import change, moments
 from jaxtok.core.types import KV, SPECIAL, TEXT, Evidence, Frozen, Needs, Part, Tokens
 from jaxtok.models import blocks
 from jaxtok.models.config import Config
+from jaxtok.ops import offload
 from jaxtok.ops.attention import attention, merge
 from jaxtok.ops.cache import append, place
 from jaxtok.ops.evidence import peak, perturbed, received, rows
@@ -141,7 +142,7 @@ def _attend_group(
             )
         if needs.keys or needs.hidden:
             raise ValueError("a method needs the unrotated keys or the hidden rows of the whole cache; they are not kept after a prefill")
-        past = part.kv
+        past = offload.together(part.kv)
         pos = jnp.where(live, tokens.pos + past.seen[:, None], -1)
         shift = (past.seen + past.delta)[:, None, None]
         turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs) for x in (q, k))
@@ -314,12 +315,20 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
         slots, cursor = kv.pos.shape[-1] + new, None
     if reader is not None:
         slots = -(-slots // reader.block) * reader.block
+    full = kv.pos.shape[-1]
+    if reader is not None and reader.offload and old is not None:  # where the cursor is depends on what the caches hold
+        kv, full = offload.aligned(kv, reader.block), full - reader.block + 1
     extra = slots - kv.pos.shape[-1]
     kv = grow_kv(kv, slots)
     kv = kv if cursor is None else kv._replace(cursor=jnp.full((), cursor, jnp.int32))
     state = Held(pad_slots(state.slots, extra), state.rest)
     reading = () if reader is None else reader.start(learned.get("reader", {}), i, kv, cfg.heads)
-    return Part(kv._replace(segment=None), state, reading, frozen)
+    return Part(stowed(reader, kv._replace(segment=None), reading, full), state, reading, frozen)
+
+
+def stowed(reader, kv: KV, reading, slots: int) -> KV:
+    """The cache as a reader wants it to stand: the first `slots` slots in host memory, unless it reads everything anyway."""
+    return offload.stow(kv, max(slots, 0), reader.hosted) if reader is not None and reader.offload and jax.tree.leaves(reading) else kv
 
 
 def move_slots(plan, slots):
@@ -328,3 +337,9 @@ def move_slots(plan, slots):
 
 def pad_slots(slots, extra: int):
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 3)), slots)
+
+
+def stow_all(reader, layers, slots: int):
+    """`stowed` for the caches of all layers, whose first `slots` slots are written."""
+    put = lambda part: part._replace(kv=stowed(reader, part.kv, part.reader, slots))
+    return tuple(tuple(map(put, parts)) for parts in layers)

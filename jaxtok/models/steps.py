@@ -18,6 +18,7 @@ from jaxtok.models.cached import at_hand, attend_frozen, budget_of, observe, pad
 from jaxtok.models.config import Config
 from jaxtok.ops.attention import attention, merge
 from jaxtok.ops.cache import append, block_slots, place, scatter
+from jaxtok.ops.offload import whole
 from jaxtok.ops.read import attend_blocks, take_kv
 
 
@@ -66,7 +67,7 @@ def step_part(
     if unturned and slots is None and out is None:
         turned, keys = place(q, kv, jnp.minimum(at, kv.k.shape[2] - k.shape[2]), freqs)
     if out is None:
-        out, lse = attention(turned, keys, values, impl=impl, **see)
+        out, lse = attention(turned, whole(keys), whole(values), impl=impl, **see)
     if policy is not None:
         own = learned.get("policy", {})
         here = at_hand(i, freqs, key)

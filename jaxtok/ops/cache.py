@@ -8,6 +8,7 @@ from jaxtok.core import check
 from jaxtok.core.reduce import ranks
 from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV
+from jaxtok.ops.offload import Halves
 
 
 def append(kv: KV, k: Float[Array, "b g t d"], v: Array, pos: Int[Array, "b t"], bias: Float[Array, "b g t"]) -> KV:
@@ -27,7 +28,18 @@ def append(kv: KV, k: Float[Array, "b g t d"], v: Array, pos: Int[Array, "b t"],
     skip = jnp.maximum(kv.cursor - (slots - t), 0)  # this many rows find no slot
     full = jnp.broadcast_to(pos[:, None], (*kv.pos.shape[:2], t))
     gone = jnp.sum((pos >= 0) & (jnp.arange(t) >= t - skip)[None], -1, dtype=jnp.int32)
-    write = lambda old, rows: _write(old, rows.astype(old.dtype), kv.cursor, skip)
+
+    def write(old, rows):
+        rows = rows.astype(old.dtype)
+        if not isinstance(old, Halves):
+            return _write(old, rows, kv.cursor, skip)
+        before, room = old.host.shape[2], old.here.shape[2]
+        if t > room:
+            raise ValueError(
+                f"{t} rows cannot be appended to {room} slots on the device, the others stand in host memory; prefill with more room (new=)"
+            )
+        return old._replace(here=_write(old.here, rows, kv.cursor - before, skip))
+
     return kv._replace(
         k=write(kv.k, k),
         v=write(kv.v, v),

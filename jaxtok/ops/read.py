@@ -8,20 +8,20 @@ from jaxtok_kernels.read import IMPLS, read
 from jaxtyping import Array, Float, Int
 
 from jaxtok.core.reader import Sight
-from jaxtok.core.reduce import gather
 from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV
 from jaxtok.ops._chunked import as_window, bounded, check
 from jaxtok.ops.attention import attention
 from jaxtok.ops.cache import block_slots
+from jaxtok.ops.offload import Halves, rows, together
 
 
-def take(x: Array, slots: Int[Array, "b e m"]) -> Array:
-    """The rows [b e m ...] of the listed slots of x [b g s ...]; e = g, or h query heads that each list their own. -1 gives zeros."""
+def take(x: Array | Halves, slots: Int[Array, "b e m"]) -> Array:
+    """The rows [b e m ...] of the listed slots of x [b g s ...], which may stand in host memory in part; e = g, or h query heads that each list their own. -1 gives zeros."""
     (b, g), (e, m) = x.shape[:2], slots.shape[1:]
     if not g or e % g:
         raise ValueError(f"slots of {e} heads cannot name those of a cache of {g} KV heads")
-    return gather(x, slots.reshape(b, g, e // g * m)).reshape(b, e, m, *x.shape[3:])
+    return rows(x, slots.reshape(b, g, e // g * m)).reshape(b, e, m, *x.shape[3:])
 
 
 def take_kv(kv: KV, slots: Int[Array, "b e m"]) -> tuple[Array, Array, Array, Array]:
@@ -35,7 +35,8 @@ def in_place(see: Sight) -> bool:
 
 
 def attend_all(q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight) -> tuple[Array, Array]:
-    """(values, logsumexp) of attention to every slot."""
+    """(values, logsumexp) of attention to every slot; what stands in host memory crosses to the device."""
+    kv = together(kv)
     if in_place(see):
         s = kv.pos.shape[2]
         block = math.gcd(s, 128)
@@ -69,6 +70,10 @@ def attend_blocks(
         k, v, k_pos, bias = take_kv(kv, index if block == stride == 1 else block_slots(index, block, stride))
         k = k if ids is None else turn(k, ids, see.freqs)
         return _attend(q, k, v, pos, k_pos, bias, see)
+    if isinstance(kv.k, Halves) or isinstance(kv.v, Halves):
+        raise NotImplementedError(
+            f"impl={see.impl!r} reads slots where they lie, and some stand in host memory (offload=True); use impl='xla'"
+        )
     check(q, kv.k, pos, kv.pos, v=kv.v, bias=kv.bias, softcap=see.softcap)
     (b, h, t, d), e = q.shape, index.shape[1]
     if not e or h % e:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.core.reader import Sight
-from jaxtok.ops import attention, cache, evidence, landmark, noise, offload, read
+from jaxtok.ops import attention, cache, diagnostics, evidence, landmark, noise, offload, read
 from tests.calls.cases import Case, case
 from tests.calls.values import Sizes, Values
 
@@ -59,10 +59,40 @@ def look_back(look, q, k, **see):
     return look(q, k, lse, **see)
 
 
-for _look in (evidence.received, evidence.peak, evidence.rows):
-    case(f"ops.evidence.{_look.__name__}")(
+for _look in (evidence.received, evidence.peak, evidence.rows, diagnostics.entropies):
+    case(f"ops.{_look.__module__.rsplit('.', 1)[1]}.{_look.__name__}")(
         lambda s, look=_look: Case(functools.partial(look_back, look), functools.partial(operands, s), how(s))
     )
+
+
+@case("ops.diagnostics.entropies_of")
+def _(s):
+    places = lambda v: {"q_pos": v.positions(s.b, s.t, packed=False), "k_pos": v.positions(s.b, s.n, packed=False)}
+    arrays = lambda v: {"attn": v.floats(s.b, s.h, s.t, s.n, least=0)} | (places(v) if s.t != s.n or s.i % 2 else {})
+    return Case(diagnostics.entropies_of, arrays)
+
+
+def received(s: Sizes, v: Values) -> dict[str, Any]:
+    places = {name: x for name, x in operands(s, v).items() if name.endswith("_pos")}
+    return {"received": v.floats(s.b, s.h, s.n, least=0)} | places
+
+
+case("ops.diagnostics.first_of")(lambda s: Case(diagnostics.first_of, lambda v: received(s, v), {"count": s.m}))
+
+
+@case("ops.diagnostics.sinks")
+def _(s):
+    fn = lambda received, row, column, q_pos, k_pos: diagnostics.sinks(diagnostics.Entropies(row, column, received), q_pos, k_pos)
+    share = lambda v, n: v.floats(s.b, s.h, n, least=0) % 1
+    return Case(fn, lambda v: received(s, v) | {"row": share(v, s.t), "column": share(v, s.n)})
+
+
+@case("ops.diagnostics.dormant")
+def _(s):
+    return Case(diagnostics.dormant, lambda v: {"row": v.floats(s.b, s.h), "column": v.floats(s.b, s.h)}, {"below": 0.2, "above": 0.8})
+
+
+case("ops.diagnostics.sinks_kept")(lambda s: Case(diagnostics.sinks_kept, lambda v: {"pos": v.kv(packed=False).pos}, {"sinks": s.m}))
 
 
 def bits(v: Values, *shape: int) -> np.ndarray:
@@ -130,6 +160,35 @@ def _(s):
 
 
 case("ops.offload.to_host")(lambda s: Case(offload.to_host, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d)}))
+
+
+@case("ops.offload.stow")
+def _(s):
+    what = s.one(("k", "v"), ("v",), ())
+    fn = lambda kv, slots, what: tuple(offload.stow(kv, slots, what))
+    return Case(fn, lambda v: {"kv": v.kv(packed=False)}, {"slots": s.n // 2, "what": what})
+
+
+def cut(x, n):
+    return offload.Halves(offload.to_host(x[:, :, :n]), x[:, :, n:])
+
+
+case("ops.offload.whole")(lambda s: Case(lambda x: offload.whole(cut(x, s.m)), lambda v: {"x": v.rows(s.b, s.g, s.n, s.d)}))
+case("ops.offload.together")(lambda s: Case(lambda kv: offload.together(offload.stow(kv, s.n // 2)), lambda v: {"kv": v.kv()}))
+case("ops.offload.aligned")(lambda s: Case(offload.aligned, lambda v: {"kv": v.kv(packed=False)}, {"block": s.one(1, 2, 3)}))
+case("ops.offload.newest")(lambda s: Case(offload.newest, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d), "slot": v.ints(0, s.n - 1)}))
+case("ops.offload.nbytes")(
+    lambda s: Case(lambda kv: jnp.asarray(sum(offload.nbytes(kv)), jnp.float32), lambda v: {"kv": v.kv(packed=False)})
+)
+
+
+@case("ops.offload.rows")
+def _(s):
+    fn = lambda x, slots: offload.rows(cut(x, s.n // 2) if s.i % 2 else x, slots)
+    slots = lambda v: v.ints(-1, s.n - 1, s.b, s.g, s.m)
+    return Case(fn, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d), "slots": slots(v)})
+
+
 case("ops.offload.fetch_rows")(
     lambda s: Case(
         lambda x, slots: offload.fetch_rows(offload.to_host(x), slots),

@@ -197,3 +197,21 @@ def test_kept_maps_name_the_positions(result):
         assert sum(m["kept"]) <= row["capacity"] + 1e-3
     stream = next(m for m in result.kept if m["method"] == "streaming_llm" and m["budget"] == "25%")
     assert stream["kept"][:4] == [1.0] * 4 and stream["kept"][5] == 0.0  # the sinks, and not what follows them
+
+
+def test_rows_say_how_many_sinks_are_left(result):
+    for row in result.rows:
+        assert 0 <= row["sinks"] <= 4
+        if row["method"].partition(":")[0] in ("full", "streaming_llm"):
+            assert row["sinks"] == 4
+    assert any(row["sinks"] < 4 for row in result.rows)
+
+
+def test_offload_is_refused():
+    with pytest.raises(ValueError, match=r"tokenselect:offload=true.*leave offload out"):
+        compare.checked("tokenselect:offload=true", 16, tiny.CFG, None)
+
+
+def test_sink_figure(tmp_path):
+    path = figures.sinks([("a", np.eye(3, 5)), ("b", np.zeros((20, 32)))], tmp_path / "sinks.png")
+    assert path.stat().st_size > 10_000

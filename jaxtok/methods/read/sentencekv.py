@@ -15,6 +15,7 @@ from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import segment_sum
 from jaxtok.core.registry import register
 from jaxtok.core.types import KV, Evidence, Needs, Protect
+from jaxtok.ops.offload import newest, whole
 from jaxtok.ops.read import attend_all, attend_slots
 
 CITE: dict[str, Any] = dict(
@@ -86,8 +87,8 @@ class SentenceKV(Reader):
     While the open sentence has at most `threshold` tokens, and at the token that closes one, everything is attended to. A token in
     `ends` closes a sentence; the prompt's last one ends with the prompt. Prompt tokens get their sentence from Tokens.segment
     (`decoder.embed(ends=)`), generated ones by their ids (`decoder.step(ids=)`; the loops pass them). `sentences` caps how many mean
-    keys are held; tokens of later ones, and of none, come last. A step that is whole for one sequence takes its time for all
-    (`lax.cond`), not its rows.
+    keys are held; tokens of later ones, and of none, come last. A step that is whole for one sequence takes its time for all.
+    `offload`, as in the paper: the prompt's keys and values stand in host memory; sparse steps fetch what they read of it, whole ones all.
 
     variant="paper": the open sentence's tokens come before all others, so nothing is out of reach, and a budget that covers the cache
     is full attention. "official": the slot right after the first tokens, and tokens of the open or of no sentence that are not among
@@ -102,10 +103,11 @@ class SentenceKV(Reader):
     sentences: int = 1024
     variant: str = "paper"
     group: str = "mean"
-    attends = True
+    offload: bool = False
+    attends, hosted = True, ("k", "v")
 
     def __post_init__(self):
-        for name, least in (("start_tokens", 0), ("recent", 1), ("threshold", 0), ("sentences", 1)):
+        for name, least in {"start_tokens": 0, "recent": 1, "threshold": 0, "sentences": 1}.items():
             check.at_least(name, getattr(self, name), least)
         check.budget("budget", self.budget, self.start_tokens + self.recent)
         check.one_of("variant", self.variant, ("paper", "official"))
@@ -127,9 +129,9 @@ class SentenceKV(Reader):
     def _means(self, state: Sentences, kv: KV) -> Sentences:
         """Mean keys of all finished sentences, afresh."""
         done = (state.segment >= 0) & (state.segment < jnp.minimum(state.open, self.sentences)[:, None, None])
-        to = jnp.where(done, state.segment, -1)
-        size = segment_sum(jnp.ones(to.shape, jnp.float32), to, self.sentences)
-        mean = segment_sum(jnp.where(done[..., None], kv.k, 0), to, self.sentences) / jnp.maximum(size, 1)[..., None]
+        total = lambda x: segment_sum(x, jnp.where(done, state.segment, -1), self.sentences)
+        size = total(done.astype(jnp.float32))
+        mean = total(jnp.where(done[..., None], whole(kv.k), 0)) / jnp.maximum(size, 1)[..., None]
         return state._replace(mean=mean.astype(kv.k.dtype), known=size > 0)
 
     def attend(
@@ -147,12 +149,12 @@ class SentenceKV(Reader):
         if t > 1:  # what a chunk of a prompt leaves open goes on in the next; queries are counted from the first step on
             state = self._means(state._replace(open=state.open + jnp.sum(closes, 1, dtype=jnp.int32)), kv)
             return state, carry, *attend_all(q, pos, kv, see)
-        state = self._extend(state, q[:, :, 0], lax.dynamic_slice_in_dim(kv.k, at, 1, 2)[:, :, 0], live[:, 0], closes[:, 0])
-        every = state.length <= self.threshold
-        slots = self.choose(state, kv.cursor)
-        named = lambda: every[:, None, None] | select.mark(slots, kv.pos.shape[-1])
-        whole = lambda: attend_all(q, pos, kv._replace(pos=jnp.where(named(), kv.pos, -1)), see)
-        out, lse = lax.cond(jnp.any(every & live[:, 0]), whole, lambda: attend_slots(q, pos, kv, slots, see))
+        state = self._extend(state, q[:, :, 0], newest(kv.k, at), live[:, 0], closes[:, 0])
+        every, slots = state.length <= self.threshold, self.choose(state, kv.cursor)
+        named = lambda: kv._replace(pos=jnp.where(every[:, None, None] | select.mark(slots, kv.pos.shape[-1]), kv.pos, -1))
+        out, lse = lax.cond(
+            jnp.any(every & live[:, 0]), lambda: attend_all(q, pos, named(), see), lambda: attend_slots(q, pos, kv, slots, see)
+        )
         return state, carry, out, lse
 
     def _extend(self, state: Sentences, q: Float[Array, "b h d"], k: Float[Array, "b g d"], live, closes) -> Sentences:
@@ -185,10 +187,8 @@ class SentenceKV(Reader):
         count = jnp.sum(mine > DEAD, -1, keepdims=True, dtype=jnp.int32)
         place = slot - (cursor - count)  # live slots are the last ones before the cursor
         edge = (place < self.start_tokens) | (place >= count - self.recent)
-        gone = mine == DEAD
-        if self.variant == "official":
-            gone = gone | (~edge & ((first == 0) | (first > n) | (place == self.start_tokens)))
-        when = jnp.where(gone, far, jnp.where(edge, -1, first * s + slot))
+        unread = ~edge & ((first == 0) | (first > n) | (place == self.start_tokens)) & (self.variant == "official")
+        when = jnp.where((mine == DEAD) | unread, far, jnp.where(edge, -1, first * s + slot))
         best, slots = lax.top_k(-when, min(self.budget, s))
         return jnp.sort(jnp.where(best > -far, slots, -1), -1)
 

@@ -51,6 +51,8 @@ class TokenSelect(Reader):
     `block` > 1 selects pages of that many slots by the sum of their tokens' votes, top_k / block of them rounded up.
     Prefill goes through `decode.prefill_chunked(read=True)` in chunks of at most n_local (official: 512). `axis` names a mesh axis over
     which the heads are mapped (shard_map): votes and cosines are then summed over it; under jit, sharded heads need no name.
+    `offload`: the prompt's values stand in host memory and a call fetches those that are read; half the cache's bytes leave the device. The
+    keys stay: a vote reads them all. No step policy beside it; continuing on these caches (another prefill) brings all of them back first.
     A budget that covers a sequence reads it whole, without a vote: full attention at the usual positions. Heads of a layer must hold the
     same tokens at the same slots.
 
@@ -66,7 +68,9 @@ class TokenSelect(Reader):
     kernel: int = 1
     threshold: float | None = 0.9
     axis: str | None = None
+    offload: bool = False
     raw: bool = True
+    hosted = ("v",)
 
     def __post_init__(self):
         for name, least in (("top_k", 1), ("n_init", 0), ("n_local", 1), ("block", 1), ("kernel", 1)):
