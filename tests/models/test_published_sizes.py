@@ -1,6 +1,6 @@
 """The published sizes of three families, and every method's recipe on them: shapes only, nothing is allocated.
 
-With JAXTOK_FULL=1 in the environment recipes trace through every layer (some minutes), otherwise through the first four.
+With JAXTOK_FULL=1 in the environment recipes trace through every layer (some minutes), otherwise through the first two.
 """
 
 import dataclasses
