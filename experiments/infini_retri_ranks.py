@@ -1,13 +1,14 @@
 """How far down its window a needle ranks by the question's attention: what the settings of infini_retri.py were chosen by.
 
 Command: python experiments/infini_retri_ranks.py
-Hardware and time: two cores of a 2.6 GHz Xeon, 8 minutes with a dozen other programs beside it.
+Hardware and time: two cores of a 2.6 GHz Xeon, 5 minutes with a dozen other programs beside it.
 Expected: experiments/results/infini_retri/ranks.json. The most above the needle of any of 400 keys, weighted: 11 tokens and 111 characters
     in the last layer, 3 and 69 in the one before it, no use in the first.
 
 Keys that the evaluation does not use, each in a window of text of its own. Above the needle: tokens of larger score than the best of its
-sentence (with a topk of no more than these the sentence goes), and characters of the sentences that come before it and its own (it goes where the
-room is less). Scores as the method has them, for each layer, with the question's weights from a first chunk of other text or without.
+sentence (with a topk of no more than these the sentence goes), and characters of the sentences that come before it and its own (it goes
+where the room is less). Scores as the method has them, for each layer, with the question's weights from a first chunk of other text or
+without.
 """
 
 import dataclasses

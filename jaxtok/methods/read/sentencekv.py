@@ -182,9 +182,8 @@ class SentenceKV(Reader):
         mine, opened = state.segment, state.open[:, None, None]
         first = jnp.where((mine < 0) | (mine >= n), -2 * FAR, jnp.take_along_axis(like, jnp.clip(mine, 0, n - 1), -1))
         first = jnp.where(mine == opened, 2 * FAR, first)
-        slot = jnp.arange(s, dtype=jnp.int32)[None, None]
         count = jnp.sum(mine > DEAD, -1, keepdims=True, dtype=jnp.int32)
-        place = slot - (cursor - count)  # live slots are the last ones before the cursor
+        place = jnp.arange(s, dtype=jnp.int32)[None, None] - (cursor - count)  # live slots are the last ones before the cursor
         edge = (place < self.start_tokens) | (place >= count - self.recent)
         gone = mine == DEAD
         if self.variant == "official":
@@ -194,7 +193,7 @@ class SentenceKV(Reader):
         return jnp.sort(jnp.where(best > -jnp.inf, slots, -1), -1)
 
     def traffic(self, layer: int, h: int, kv: KV, hit: bool = False) -> Traffic:
-        """A sparse step (`hit`) reads the mean keys, and ranks slots by the number of their sentence: 32 bytes each; others read all."""
+        """A sparse step (`hit`) reads the mean keys, and ranks slots by the score of their sentence: 32 bytes each; others read all."""
         b, g, s, d = kv.k.shape
         if not hit or (self.variant == "paper" and s <= self.budget):
             return Traffic(0, attended(kv, h))
