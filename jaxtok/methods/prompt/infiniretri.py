@@ -170,6 +170,8 @@ class InfiniRetri(PromptMethod):
         return jax.tree.map(lambda a, o: jnp.where(some.reshape(-1, *(1,) * (a.ndim - 1)), a, o), new, state), taken
 
     def run(self, params, look, ids: Int[Array, "b n"], live: Bool[Array, "b n"], keep=None) -> Plan:
+        if ids.ndim != 2 or live.shape != ids.shape:
+            raise ValueError(f"ids are {list(ids.shape)} and live {list(live.shape)}; both must be [b n]")
         (b, n), q = ids.shape, min(self.question, ids.shape[1])
         length = jnp.sum(live, -1, dtype=jnp.int32)
         if keep is None and self.capacity >= n:
