@@ -211,11 +211,12 @@ class PromptMethod(Method):
 
     passes: ClassVar[str] = "decode.prefill"
     capacity: int
+    sees: int = -1  # the layer that `look` gives the attention of
 
     def run(self, params, look, ids: Int[Array, "b n"], live: Bool[Array, "b n"], keep=None) -> Plan:
         """The plan [b m] for packed ids, m = min(capacity, n), with at most `keep` live rows.
 
-        look(ids, live, rows) -> tuple of f32 [b h rows n]: attention of the last `rows` tokens in the model's last layer; where it `drafts`,
+        look(ids, live, rows) -> tuple of f32 [b h rows n]: attention of the last `rows` tokens in the model's layer `sees`; where it `drafts`,
         in each layer of the draft, with the rows of the `look` tokens that it goes on with after them.
         """
         raise NotImplementedError(f"{type(self).__name__} must say which tokens stay")

@@ -32,13 +32,26 @@ def rotate_by(
         raise ValueError(f"axes has {len(axes)} entries in {min(axes)}..{max(axes)}; need {r} entries, each in 0..{a - 1}")
     place = ids if axes is None else ids[..., np.asarray(axes)]
     angle = place.astype(jnp.float32) * jnp.asarray(freq)[None, None, None]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return _rotate(x, jnp.cos(angle), jnp.sin(angle))
+
+
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    r = cos.shape[-1]
     y = x[..., : 2 * r].astype(jnp.float32)
     lo, hi = y[..., :r], y[..., r:]
     y = jnp.concatenate([lo * cos - hi * sin, hi * cos + lo * sin], axis=-1).astype(x.dtype)
     return y if 2 * r == x.shape[-1] else jnp.concatenate([y, x[..., 2 * r :]], axis=-1)
 
 
-def turn(x: Float[Array, "b e n d"], ids: Int[Array, "b e n"], freqs: Float[Array, " r"]) -> Float[Array, "b e n d"]:
-    """`rotate_by` with an id for each head and row: a stored key moves from id p to p' by turn(k, p' - p, freqs)."""
-    return rotate_by(x, ids[..., None], freqs)
+def turn(
+    x: Float[Array, "b e n d"], ids: Int[Array, "b e n"], freqs: Float[Array, " r"], most: int | None = None
+) -> Float[Array, "b e n d"]:
+    """`rotate_by` with an id for each head and row: a stored key moves from id p to p' by turn(k, p' - p, freqs).
+
+    most: promises ids in 0 .. most - 1 (others are moved there): cosines and sines are worked out once for an id, not for each row.
+    """
+    if most is None:
+        return rotate_by(x, ids[..., None], freqs)
+    angle = jnp.arange(most, dtype=jnp.float32)[:, None] * freqs[None]
+    at = jnp.clip(ids, 0, most - 1)
+    return _rotate(x, jnp.cos(angle)[at], jnp.sin(angle)[at])

@@ -96,7 +96,7 @@ def _prefill(cfg, params, ids, live, recipe: Recipe, draft, ask, ahead, **option
 def _looking(cfg, params, draft, recipe: Recipe, ids, live, impl: str):
     """(what a method of site prompt looks through, the draft's continuation of packed ids or None)."""
     if recipe.look is None or draft is None or not recipe.prompt.drafts:  # type: ignore[union-attr]
-        return through(cfg, params, impl), None
+        return through(cfg, params, impl, recipe.prompt.sees), None  # type: ignore[union-attr]
     small, its = draft
     ahead, mine = look_ahead(small, its, ids, live, look=recipe.look, impl=impl), recipe.prompt.look  # type: ignore[union-attr]
 

@@ -60,7 +60,7 @@ def retrieve(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _absorb(cfg: Config, method, impl: str, params, state, ids, count, question, asked, last, whole) -> tuple[Any, Array]:
-    return method.absorb(through(cfg, params, impl), state, ids, count, question, asked, last, whole)
+    return method.absorb(through(cfg, params, impl, method.sees), state, ids, count, question, asked, last, whole)
 
 
 def program(cfg: Config, method, params, b: int, impl: str = "auto") -> Any:
@@ -72,10 +72,12 @@ def program(cfg: Config, method, params, b: int, impl: str = "auto") -> Any:
     return _absorb.lower(cfg, method, impl, params, state, i32(b, method.chunk), i32(b), i32(b, q), flags(b, q), flags(b), flags(b))
 
 
-def through(cfg: Config, params, impl: str = "auto") -> Callable[..., tuple[Array]]:
-    """What a method of site prompt looks through where it needs no draft: the last layer of the model itself."""
+def through(cfg: Config, params, impl: str = "auto", layer: int = -1) -> Callable[..., tuple[Array]]:
+    """What a method of site prompt looks through where it needs no draft: a layer of the model itself; those behind it do not run."""
+    if not -cfg.layers <= layer < cfg.layers:
+        raise ValueError(f"sees={layer}, but the model has {cfg.layers} layers; give {-cfg.layers} to {cfg.layers - 1}")
 
     def look(ids, live, rows):
-        return (decoder.last_rows(cfg, params, decoder.embed(cfg, params, ids, live), rows, impl=impl),)
+        return (decoder.last_rows(cfg, params, decoder.embed(cfg, params, ids, live), rows, layer=layer, impl=impl),)
 
     return look

@@ -66,8 +66,9 @@ def _write(old: Shaped[Array, "b g s *d"], rows: Shaped[Array, "b g t *d"], curs
         return old.at[b, g, cursor].set(rows[:, :, 0], mode="drop", unique_indices=True)
 
     # XLA's CPU compiler fuses the update into the attention that reads it and so makes a copy of the whole cache at each step (three
-    # times slower); a scatter it leaves alone.
-    return slices(old, rows) if t > 1 else jax.lax.platform_dependent(old, rows, cpu=scatter, default=slices)
+    # times slower); a scatter it leaves alone. For rows of 16 bits it turns the whole cache into float32 and back, for a scatter in more
+    # passes than for an update.
+    return slices(old, rows) if t > 1 or old.dtype.itemsize == 2 else jax.lax.platform_dependent(old, rows, cpu=scatter, default=slices)
 
 
 def place(q: Float[Array, "b h t d"], kv: KV, first: Array, freqs: Array) -> tuple[Array, Array]:

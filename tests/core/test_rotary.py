@@ -32,6 +32,9 @@ def test_turn(r):
     far, near = (jnp.sum(turn(q, a + c) * turn(jnp.asarray(x), b + c), -1) for c in (0, 9))
     np.testing.assert_allclose(far, near, atol=1e-4)  # only distances matter
     assert turn(jnp.asarray(x, jnp.bfloat16), a).dtype == jnp.bfloat16
+    bounded = lambda ids: rotary.turn(jnp.asarray(x), jnp.asarray(ids, jnp.int32), jnp.asarray(freqs), 50)
+    np.testing.assert_allclose(bounded(a), turn(jnp.asarray(x), a), atol=1e-6)
+    np.testing.assert_array_equal(bounded(a + 100 * (a > 25) - 100 * (a < 9)), bounded(np.where(a > 25, 49, np.where(a < 9, 0, a))))
 
 
 def test_each_frequency_follows_its_axis():

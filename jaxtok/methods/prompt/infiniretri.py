@@ -40,7 +40,8 @@ class InfiniRetri(PromptMethod):
 
         s_j = sum over |i - j| within a box of `width` of  sum over question rows r of  w_r^2 * sum over heads of A_ri
 
-    A: attention of the question's tokens in the last layer over (what was retained, the next chunk, the question), softmax over all of it.
+    A: attention of the question's tokens in layer `sees` (the paper's: the last) over (what was retained, the next chunk, the question),
+    softmax over all of it. A small model may look its facts up before its last layer, and layers behind `sees` do not run.
     The box covers j - width // 2 to j + (width - 1) // 2, zeros beyond the context. Of the context's tokens the `topk` of largest s are
     selected, every sentence with a selected token is retained whole, and the next chunk comes. No keys or values survive, only token ids;
     the model gets the retained ones and the question, with positions from 0.
@@ -66,12 +67,14 @@ class InfiniRetri(PromptMethod):
     width: int = 8
     weigh: bool = True
     ends: tuple[int, ...] = ()
+    sees: int = -1
     variant: str = "paper"
 
     def __post_init__(self):
         for name in ("question", "chunk", "topk", "width"):
             check.count(name, getattr(self, name))
         check.kind("ends", self.ends, tuple)
+        check.kind("sees", self.sees, int)
         for end in self.ends:
             check.count("ends", end, 0)
         check.one_of("weigh", self.weigh, (True, False))
@@ -167,6 +170,8 @@ class InfiniRetri(PromptMethod):
         return jax.tree.map(lambda a, o: jnp.where(some.reshape(-1, *(1,) * (a.ndim - 1)), a, o), new, state), taken
 
     def run(self, params, look, ids: Int[Array, "b n"], live: Bool[Array, "b n"], keep=None) -> Plan:
+        if ids.ndim != 2 or live.shape != ids.shape:
+            raise ValueError(f"ids are {list(ids.shape)} and live {list(live.shape)}; both must be [b n]")
         (b, n), q = ids.shape, min(self.question, ids.shape[1])
         length = jnp.sum(live, -1, dtype=jnp.int32)
         if keep is None and self.capacity >= n:

@@ -82,16 +82,16 @@ class Landmark(Reader):
             return state, carry, *self._step(q, pos, kv, see, first, n, base, chosen, stand, scale)
         where = lambda x, first: jnp.where(chosen[..., None] < 0, -1, x[..., None] * size + row + first).reshape(b, e, -1)
         slots = where(chosen, first[:, None, None, None, None])
-        far = turn(take(kv.k, slots).astype(jnp.float32), jnp.maximum(where(stand, jnp.zeros((), jnp.int32)), 0), see.freqs)
-        grouped = q.reshape(b, e, h // e, t, d)
-        x_far = jnp.einsum("bejtd,betmd->bejtm", grouped, far.reshape(b, e, t, k * size, d)).reshape(b, h, t, k, size) * scale
+        far = turn(take(kv.k, slots).astype(jnp.float32), where(stand, jnp.zeros((), jnp.int32)), see.freqs, (k + 1) * size)
+        heads_last = lambda x: jnp.swapaxes(x.reshape(b, e, h // e, t, -1), 2, 3)  # [b e t h/e ...]: products that move no key or value
+        x_far = jnp.einsum("betjd,betmd->betjm", heads_last(q), far.reshape(b, e, t, k * size, d))
+        x_far = jnp.swapaxes(x_far, 2, 3).reshape(b, h, t, k, size) * scale
         ok_far = jnp.broadcast_to(((slots >= 0) & (take(kv.pos, slots) >= 0)).reshape(b, e, 1, t, k, size), (b, e, h // e, t, k, size))
 
         near = -(-(size - 1 + t) // size)
         order = n[:, None] * size + jnp.arange(near * size, dtype=jnp.int32)[None]
         at = jnp.broadcast_to(jnp.where(order < kv.seen[:, None], order + first[:, None], -1)[:, None], (b, g, near * size))
-        ids = jnp.broadcast_to((order - n[:, None] * size + base[:, None])[:, None], at.shape)
-        close = turn(take(kv.k, at).astype(jnp.float32), ids, see.freqs)
+        close = rotate_by(take(kv.k, at).astype(jnp.float32), order - n[:, None] * size + base[:, None], see.freqs)
         x_near = jnp.einsum("bgjtd,bgmd->bgjtm", score.grouped(q, g), close).reshape(b, h, t, near, size) * scale
         mine = (order.reshape(b, 1, near, size)[..., 0] // size) == (pos // size)[..., None]  # [b t near]
         ok_near = (order[:, None] <= pos[..., None]) & (order < kv.seen[:, None])[:, None]
@@ -101,9 +101,9 @@ class Landmark(Reader):
         own = jnp.broadcast_to(jnp.pad(mine, ((0, 0), (0, 0), (k, 0)))[:, None], (b, h, t, k + near))
         seen = live & jnp.concatenate([ok_far.reshape(b, h, t, k, size), ok_near], 3)
         weight, lse = grouped_softmax(jnp.concatenate([x_far, x_near], 3), seen, own)
-        w_far, w_near = weight[:, :, :, :k].reshape(b, e, h // e, t, -1), weight[:, :, :, k:].reshape(b, g, h // g, t, -1)
+        w_far, w_near = heads_last(weight[:, :, :, :k]), weight[:, :, :, k:].reshape(b, g, h // g, t, -1)
         v_far = take(kv.v, slots).reshape(b, e, t, k * size, -1).astype(jnp.float32)
-        out = jnp.einsum("bejtm,betmc->bejtc", w_far, v_far).reshape(b, h, t, -1)
+        out = jnp.swapaxes(jnp.einsum("betjm,betmc->betjc", w_far, v_far), 2, 3).reshape(b, h, t, -1)
         out = out + jnp.einsum("bgjtm,bgmc->bgjtc", w_near, take(kv.v, at).astype(jnp.float32)).reshape(b, h, t, -1)
         return state, carry, out.astype(kv.v.dtype), lse
 
@@ -144,7 +144,7 @@ class Landmark(Reader):
         slot = jnp.where(known, first[:, None] + i * size + size - 1, -1)
         stand = jnp.where((n <= k)[:, None], i, jnp.maximum(i - (n - k)[:, None] + 1, 0)) * size + size - 1
         wide = lambda x: jnp.broadcast_to(x[:, None], (b, g, x.shape[1]))
-        keys = turn(take(kv.k, wide(slot)).astype(jnp.float32), wide(stand), freqs)
+        keys = rotate_by(take(kv.k, wide(slot)).astype(jnp.float32), jnp.broadcast_to(stand, slot.shape), freqs)
         logit = jnp.einsum("bgjtd,bgnd->bgjtn", score.grouped(q, g), keys).reshape(b, h, t, -1) * scale
         logit = jnp.where(known[:, None, None], select.finite(logit), -jnp.inf)
         top = jnp.max(logit, -1, keepdims=True, initial=-jnp.inf)

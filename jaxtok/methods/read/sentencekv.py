@@ -24,6 +24,7 @@ CITE: dict[str, Any] = dict(
     authors="Yuxuan Zhu and Ali Falahati and David H. Yang and Mohammad Mohammadi Amiri",
 )
 DEAD = -2  # in Sentences.segment; -1 is a live token of no sentence
+FAR = 1e38  # scores of sentences stay within it
 
 
 class Sentences(NamedTuple):
@@ -176,24 +177,25 @@ class SentenceKV(Reader):
 
     def choose(self, state: Sentences, cursor: Int[Array, ""]) -> Int[Array, "b g m"]:
         """The slots of a sparse step, ascending; -1 = unused."""
-        (b, g, s), n, far = state.segment.shape, self.sentences, jnp.iinfo(jnp.int32).max
+        (b, g, s), n = state.segment.shape, self.sentences
         query = (state.query / jnp.maximum(state.length, 1).astype(jnp.float32)[:, None, None]).reshape(b, g, -1, state.query.shape[-1])
         like = score.REDUCTIONS[self.group](jnp.einsum("bgqd,bgnd->bgqn", query, state.mean.astype(jnp.float32)), axis=2)
-        rank = jnp.argsort(jnp.argsort(jnp.where(state.known, -select.finite(like), jnp.inf), -1), -1).astype(jnp.int32) + 1
+        like = jnp.where(state.known, jnp.clip(select.finite(like), -FAR, FAR), -2 * FAR)
         mine, opened = state.segment, state.open[:, None, None]
-        rank = jnp.where((mine < 0) | (mine >= n), n + 1, jnp.take_along_axis(rank, jnp.clip(mine, 0, n - 1), -1))
-        first = jnp.where(mine == opened, 0, rank)
-        slot = jnp.arange(s, dtype=jnp.int32)[None, None]
+        first = jnp.where((mine < 0) | (mine >= n), -2 * FAR, jnp.take_along_axis(like, jnp.clip(mine, 0, n - 1), -1))
+        first = jnp.where(mine == opened, 2 * FAR, first)
         count = jnp.sum(mine > DEAD, -1, keepdims=True, dtype=jnp.int32)
-        place = slot - (cursor - count)  # live slots are the last ones before the cursor
+        place = jnp.arange(s, dtype=jnp.int32)[None, None] - (cursor - count)  # live slots are the last ones before the cursor
         edge = (place < self.start_tokens) | (place >= count - self.recent)
-        unread = ~edge & ((first == 0) | (first > n) | (place == self.start_tokens)) & (self.variant == "official")
-        when = jnp.where((mine == DEAD) | unread, far, jnp.where(edge, -1, first * s + slot))
-        best, slots = lax.top_k(-when, min(self.budget, s))
-        return jnp.sort(jnp.where(best > -far, slots, -1), -1)
+        gone = mine == DEAD
+        if self.variant == "official":
+            gone = gone | (~edge & ((first == 2 * FAR) | (first == -2 * FAR) | (place == self.start_tokens)))
+        # of equal ones the earliest slots: a sentence from its first token on
+        best, slots = lax.top_k(jnp.where(gone, -jnp.inf, jnp.where(edge, 3 * FAR, first)), min(self.budget, s))
+        return jnp.sort(jnp.where(best > -jnp.inf, slots, -1), -1)
 
     def traffic(self, layer: int, h: int, kv: KV, hit: bool = False) -> Traffic:
-        """A sparse step (`hit`) reads the mean keys, and ranks slots by the number of their sentence: 32 bytes each; others read all."""
+        """A sparse step (`hit`) reads the mean keys, and ranks slots by the score of their sentence: 32 bytes each; others read all."""
         b, g, s, d = kv.k.shape
         if not hit or (self.variant == "paper" and s <= self.budget):
             return Traffic(0, attended(kv, h))

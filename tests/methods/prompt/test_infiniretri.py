@@ -1,5 +1,6 @@
 """InfiniRetri: scores, sentences, overflow; the official scores; chunks against one at a time; the whole through a model."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import prefill, retrieve
-from jaxtok.decode.retrieve import _absorb
+from jaxtok.decode.retrieve import _absorb, through
 from jaxtok.methods import InfiniRetri
 from jaxtok.models import decoder
 from jaxtok.testing.world import CFG, world
@@ -255,6 +256,25 @@ def test_a_chunk_at_a_time_from_the_host():
     for wrong, message in (([[1]], "1 questions for 3 texts"), ([[1], [], [2]], "a question of 0 tokens; infiniretri takes from 1 to 3")):
         with pytest.raises(ValueError, match=message):
             retrieve(CFG, params, texts, wrong, METHOD)
+
+
+def test_the_layer_that_it_looks_at():
+    """`sees` picks the layer of the model whose attention is looked at; layers behind it are not run."""
+    params, ids, live = model()
+    tokens = decoder.embed(CFG, params, ids, live)
+    for layer in (0, -1):
+        (rows,) = through(CFG, params, layer=layer)(ids, live, 3)
+        np.testing.assert_allclose(rows, decoder.last_rows(CFG, params, tokens, 3, layer=layer), atol=1e-6)
+    short = params | {"layers": params["layers"][:1]}
+    first = dataclasses.replace(METHOD, sees=0)
+    rest = [np.asarray(ids)[b][np.asarray(live)[b]] for b in range(3)]
+    texts, questions = [x[:-3] for x in rest], [x[-3:].tolist() for x in rest]
+    (got, there, _), (want, _, _) = (retrieve(CFG, p, texts, questions, first) for p in (params, short))
+    np.testing.assert_array_equal(got, want)
+    last = retrieve(CFG, params, texts, questions, METHOD)
+    assert (got[there] != last[0][last[1]]).any()
+    with pytest.raises(ValueError, match=f"sees=9, but the model has {CFG.layers} layers"):
+        prefill(CFG, params, ids, live, Recipe(prompt=dataclasses.replace(METHOD, sees=9)), new=2)
 
 
 def test_refused():
