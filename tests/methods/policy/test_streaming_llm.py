@@ -1,9 +1,13 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.core.reduce import grow_kv
 from jaxtok.core.types import Evidence
 from jaxtok.methods import StreamingLLM
+from jaxtok.ops.attention import attention
+from jaxtok.ops.cache import append, place
 from tests.methods import toys
 
 small = {
@@ -58,7 +62,10 @@ def test_refuses():
 
 
 def test_official_outputs(data):
-    """mit-han-lab/streaming-llm, one GQA layer: what is attended to and kept at every step, and the layer's output at compact positions."""
+    """mit-han-lab/streaming-llm, one GQA layer: what is attended to and kept at every step, and the layer's output at compact positions.
+
+    Then a turn of three tokens, for which the official code makes room beforehand: `refit` with a budget smaller by three.
+    """
     z = np.load(data / "golden" / "streaming_llm.npz")
     get = lambda name: z[f"c2_{name}"]
     h, g, d, start, n = (int(get(x)) for x in ("num_heads", "num_kv_heads", "head_dim", "start_size", "n_prefill"))
@@ -78,3 +85,15 @@ def test_official_outputs(data):
             np.testing.assert_allclose(flat, get(f"s{t}_out")[0, 0], atol=2e-6)
         last = np.asarray(kv.pos)[0, 0]
         before = sorted(toys.kept(kv)[0][0])
+    turn = int(get("n_turn"))
+    kv, _ = policy.refit({}, policy.start({}, kv, Evidence()), kv, Evidence(), jnp.full((1,), policy.capacity - turn))
+    assert toys.kept(kv)[0] == [set(get("turn_kept_before").tolist())] * g
+    rows = [jnp.asarray(x[:, :, n + steps :]) for x in (q, k, v)]
+    at = jnp.arange(n + steps, n + steps + turn, dtype=jnp.int32)[None]
+    first = kv.cursor
+    kv = append(grow_kv(kv, kv.pos.shape[-1] + turn), rows[1], rows[2], at, jnp.zeros((1, g, turn)))
+    assert toys.kept(kv)[0] == [set(get("turn_attended").tolist())] * g
+    placed, keys = jax.jit(place)(rows[0], kv, first, toys.freqs(d))
+    out, _ = attention(placed, keys, kv.v, q_pos=at, k_pos=kv.pos)
+    flat = np.asarray(out[0]).swapaxes(0, 1).reshape(turn, -1) @ get("w.o_proj.weight").T
+    np.testing.assert_allclose(flat, get("turn_out")[0], atol=2e-6)
