@@ -129,9 +129,10 @@ def _attend_group(
         )
         keys, diagonal = turned_k, 0
     else:
-        if recipe.reader is not None and recipe.reader.needs.segment:
+        known = recipe.reader.segments(part.reader) if recipe.reader is not None and recipe.reader.needs.segment else None
+        if known is None and recipe.reader is not None and recipe.reader.needs.segment:
             raise ValueError(
-                f"{recipe.reader.name} needs the segments of the whole cache, which are not kept; prefill at once, or with read=True"
+                f"{recipe.reader.name} has not kept the segments of these caches, which are within its budget; prefill at once, or with read=True"
             )
         if needs.keys or needs.hidden:
             raise ValueError("a method needs the unrotated keys or the hidden rows of the whole cache; they are not kept after a prefill")
@@ -141,6 +142,11 @@ def _attend_group(
         turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs) for x in (q, k))
         kv = append(grow_kv(past, past.k.shape[2] + n), k if unturned else turned_k, v, pos, bias)
         kv = kv._replace(seen=past.seen + tokens.seen, delta=past.delta + tokens.delta)
+        if known is not None:  # the sentence that is open goes on
+            more = jnp.where(tokens.segment < 0, -1, tokens.segment + known[1][:, None])
+            old = jnp.pad(known[0], ((0, 0), (0, 0), (0, n)), constant_values=-1)
+            more = jnp.broadcast_to(more[:, None], (b, g, n))
+            kv = kv._replace(segment=jax.lax.dynamic_update_slice_in_dim(old, more, past.cursor, 2))
         keys, diagonal = kv.k, past.k.shape[2]
         if unturned:
             turned_q, keys = place(q, kv, past.cursor, freqs)

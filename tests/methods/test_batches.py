@@ -4,6 +4,7 @@ Prefill as the recipe asks (`decode.prefill`; a reader and a policy of blocks al
 environment all methods run (some minutes), otherwise one of each site; that a row depends on itself only is a law of every method anyway.
 """
 
+import dataclasses
 import functools
 import os
 
@@ -20,7 +21,8 @@ from jaxtok.models import blocks, decoder
 from jaxtok.testing import world
 from tests.methods.laws import makers
 
-CFG, N, STEPS, CAPACITY, CHUNK = world.CFG, 64, 6, 9, 16
+CFG = dataclasses.replace(world.CFG, vocab=128)  # no token twice in a prompt: keys of one token are equally long and, unrotated, equal
+N, STEPS, CAPACITY, CHUNK = 64, 6, 9, 16
 LENGTHS = np.array([64, 3, 17, 40, 5, 33, 8, 52])
 LEFT = np.arange(N)[None] >= N - LENGTHS[:, None]
 SOME = ("snapkv", "quest", "specpc")
@@ -37,9 +39,11 @@ CHOSEN = CASES if os.environ.get("JAXTOK_FULL") else {label: CASES[label] for la
 
 @functools.cache
 def texts():
-    params = world.world()[0]
-    ids = jax.random.randint(jax.random.key(21), (len(LENGTHS), N), 0, CFG.vocab)
-    return params, np.asarray(ids), np.asarray(jax.random.randint(jax.random.key(22), (len(LENGTHS), STEPS), 0, CFG.vocab))
+    """(params with peaked attention, prompt ids, forced continuation)."""
+    params = blocks.init(CFG, jax.random.key(0), jnp.float32, embed_std=1.0)
+    params["layers"] = tuple(p | {"q": p["q"] * 2, "k": p["k"] * 2} for p in params["layers"])
+    ids = np.random.default_rng(21).permuted(np.tile(np.arange(CFG.vocab, dtype=np.int32), (len(LENGTHS), 1)), axis=1)
+    return params, ids[:, :N], ids[:, N : N + STEPS]
 
 
 def recipe_of(method) -> Recipe:
@@ -53,7 +57,8 @@ def program(method, chunked: bool):
     def run(params, ids, live, force):
         own, key = params | {"methods": recipe.init_params(jax.random.key(3), CFG)}, jax.random.key(4)
         if chunked:
-            tokens, layers = prefill_chunked(CFG, own, ids, live, recipe, chunk=CHUNK, new=STEPS, key=key, read=method.site == "reader")
+            chunk = method.n_local if method.name == "tokenselect" else CHUNK  # its most
+            tokens, layers = prefill_chunked(CFG, own, ids, live, recipe, chunk=chunk, new=STEPS, key=key, read=method.site == "reader")
         else:
             ask = {"chunk": 24, "prompt": (3, 5), "suffix": (7,)}
             tokens, layers = prefill(CFG, own, ids, live, recipe, new=STEPS, key=key, draft=(CFG, params), ask=ask)

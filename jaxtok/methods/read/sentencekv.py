@@ -38,7 +38,7 @@ class Sentences(NamedTuple):
 
 
 def sentencekv(*, ends: tuple[int, ...], budget: int = 1024, factor: float = 3.0, start: int = 32, recent: int = 32, **options) -> Recipe:
-    """The paper's two sites: keep factor * budget tokens, read `budget` of them. Embed with `decoder.embed(ends=recipe.reader.ends)`."""
+    """The paper's two sites: keep factor * budget tokens, read `budget` of them."""
     reader = SentenceKV(ends=ends, budget=budget, start_tokens=start, recent=recent, **options)
     return Recipe(cache=SentenceKVCache(capacity=int(factor * budget)), reader=reader)
 
@@ -84,10 +84,9 @@ class SentenceKV(Reader):
                from its first token on, until `budget` tokens are read; the last sentence is cut short
 
     While the open sentence has at most `threshold` tokens, and at the token that closes one, everything is attended to. A token in
-    `ends` closes a sentence; the prompt's last one ends with the prompt. Prompt tokens get their sentence from Tokens.segment
-    (`decoder.embed(ends=)`), generated ones by their ids (`decoder.step(ids=)`; the loops pass them). `sentences` caps how many mean
-    keys are held; tokens of later ones, and of none, come last. A step that is whole for one sequence takes its time for all
-    (`lax.cond`), not its rows.
+    `ends` closes a sentence; the prompt's last one ends with the prompt, a reply's goes on in the next turn. `decode.prefill` and the
+    loops tell the reader what closes one; by hand it takes `decoder.embed(ends=recipe.ends)` and `decoder.step(ids=)`. `sentences` caps how
+    many mean keys are held; tokens of later ones, and of none, come last. A step that is whole for one sequence takes its time for all.
 
     variant="paper": the open sentence's tokens come before all others, so nothing is out of reach, and a budget that covers the cache
     is full attention. "official": the slot right after the first tokens, and tokens of the open or of no sentence that are not among
@@ -110,6 +109,8 @@ class SentenceKV(Reader):
         check.budget("budget", self.budget, self.start_tokens + self.recent)
         check.one_of("variant", self.variant, ("paper", "official"))
         check.one_of("group", self.group, tuple(score.REDUCTIONS))
+        if not self.ends:
+            raise ValueError("ends=() closes no sentence; give the token ids that do, those of . ? ! and a line break, say")
 
     @property
     def needs(self) -> Needs:
@@ -124,13 +125,15 @@ class SentenceKV(Reader):
         state = Sentences(segment, jnp.zeros((b, g, n, d), kv.k.dtype), none, zero, zero, jnp.zeros((b, h, d)), jnp.zeros((b, g, d)))
         return self._means(state._replace(open=jnp.maximum(jnp.max(segment, (1, 2)) + 1, 0)), kv)
 
+    def segments(self, state) -> tuple[Int[Array, "b g s"], Int[Array, " b"]] | None:
+        return (jnp.maximum(state.segment, -1), state.open) if isinstance(state, Sentences) else None
+
     def _means(self, state: Sentences, kv: KV) -> Sentences:
         """Mean keys of all finished sentences, afresh."""
         done = (state.segment >= 0) & (state.segment < jnp.minimum(state.open, self.sentences)[:, None, None])
         to = jnp.where(done, state.segment, -1)
-        size = segment_sum(jnp.ones(to.shape, jnp.float32), to, self.sentences)
-        mean = segment_sum(jnp.where(done[..., None], kv.k, 0), to, self.sentences) / jnp.maximum(size, 1)[..., None]
-        return state._replace(mean=mean.astype(kv.k.dtype), known=size > 0)
+        size, total = (segment_sum(x, to, self.sentences) for x in (done, jnp.where(done[..., None], kv.k, 0)))
+        return state._replace(mean=(total / jnp.maximum(size, 1)[..., None]).astype(kv.k.dtype), known=size > 0)
 
     def attend(
         self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight
@@ -139,7 +142,7 @@ class SentenceKV(Reader):
         if not isinstance(state, Sentences):
             return state, carry, *attend_all(q, pos, kv, see)
         live, t = pos >= 0, q.shape[2]
-        closes = live & (jnp.isin(see.ids, jnp.asarray(self.ends, jnp.int32)) if see.ids is not None and self.ends else False)
+        closes = live & (False if see.ids is None else jnp.isin(see.ids, jnp.asarray(self.ends, jnp.int32)))
         number = state.open[:, None] + jnp.cumsum(closes, 1, dtype=jnp.int32) - closes.astype(jnp.int32)
         at = jnp.maximum(kv.cursor - t, 0)
         rows = jnp.broadcast_to(jnp.where(live, number, DEAD)[:, None], (*kv.pos.shape[:2], t))
@@ -150,8 +153,8 @@ class SentenceKV(Reader):
         state = self._extend(state, q[:, :, 0], lax.dynamic_slice_in_dim(kv.k, at, 1, 2)[:, :, 0], live[:, 0], closes[:, 0])
         every = state.length <= self.threshold
         slots = self.choose(state, kv.cursor)
-        named = lambda: every[:, None, None] | select.mark(slots, kv.pos.shape[-1])
-        whole = lambda: attend_all(q, pos, kv._replace(pos=jnp.where(named(), kv.pos, -1)), see)
+        named = lambda: jnp.where(every[:, None, None] | select.mark(slots, kv.pos.shape[-1]), kv.pos, -1)
+        whole = lambda: attend_all(q, pos, kv._replace(pos=named()), see)
         out, lse = lax.cond(jnp.any(every & live[:, 0]), whole, lambda: attend_slots(q, pos, kv, slots, see))
         return state, carry, out, lse
 
@@ -178,18 +181,15 @@ class SentenceKV(Reader):
         query = (state.query / jnp.maximum(state.length, 1).astype(jnp.float32)[:, None, None]).reshape(b, g, -1, state.query.shape[-1])
         like = score.REDUCTIONS[self.group](jnp.einsum("bgqd,bgnd->bgqn", query, state.mean.astype(jnp.float32)), axis=2)
         rank = jnp.argsort(jnp.argsort(jnp.where(state.known, -select.finite(like), jnp.inf), -1), -1).astype(jnp.int32) + 1
-        mine, opened = state.segment, state.open[:, None, None]
+        mine = state.segment
         rank = jnp.where((mine < 0) | (mine >= n), n + 1, jnp.take_along_axis(rank, jnp.clip(mine, 0, n - 1), -1))
-        first = jnp.where(mine == opened, 0, rank)
-        slot = jnp.arange(s, dtype=jnp.int32)[None, None]
+        first, slot = jnp.where(mine == state.open[:, None, None], 0, rank), jnp.arange(s, dtype=jnp.int32)[None, None]
         count = jnp.sum(mine > DEAD, -1, keepdims=True, dtype=jnp.int32)
         place = slot - (cursor - count)  # live slots are the last ones before the cursor
-        edge = (place < self.start_tokens) | (place >= count - self.recent)
-        gone = mine == DEAD
+        edge, gone = (place < self.start_tokens) | (place >= count - self.recent), mine == DEAD
         if self.variant == "official":
             gone = gone | (~edge & ((first == 0) | (first > n) | (place == self.start_tokens)))
-        when = jnp.where(gone, far, jnp.where(edge, -1, first * s + slot))
-        best, slots = lax.top_k(-when, min(self.budget, s))
+        best, slots = lax.top_k(-jnp.where(gone, far, jnp.where(edge, -1, first * s + slot)), min(self.budget, s))
         return jnp.sort(jnp.where(best > -far, slots, -1), -1)
 
     def traffic(self, layer: int, h: int, kv: KV, hit: bool = False) -> Traffic:
