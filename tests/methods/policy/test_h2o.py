@@ -74,8 +74,9 @@ def test_equals_numpy(prefill, options):
     newest = {0.5: 4, 0.25: 2}[options.get("recent", 0.5)]
     want = reference(q[0], k[0], v[0], prefill, 8, newest, options.get("group", "mean"), options.get("variant", "paper"))
     got = toys.drive(H2O(capacity=8, **options), q, k, v, (prefill,), prefill)
-    for (scores, outs), (kv, state, out, _) in zip(want, got, strict=True):
+    for t, ((scores, outs), (kv, state, out, row)) in enumerate(zip(want, got, strict=True)):
         assert toys.kept(kv)[0] == [set(head) for head in scores]
+        assert out is None or (np.asarray(row > 0).sum(-1) == min(prefill + t, 9)).all()  # a step sees the budget and itself
         held = [{int(p): a for p, a in zip(*pair, strict=True) if p >= 0} for pair in zip(kv.pos[0], state.slots[0], strict=True)]
         for head, expect in zip(held, scores, strict=True):
             np.testing.assert_allclose([head[p] for p in expect], list(expect.values()), rtol=1e-4, atol=1e-6)
