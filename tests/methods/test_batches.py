@@ -16,7 +16,7 @@ import pytest
 from jaxtok.core import registry
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import prefill, prefill_chunked
-from jaxtok.methods import KVzip, RecycledAttention, SpecKV
+from jaxtok.methods import KVzip, SpecKV
 from jaxtok.models import blocks, decoder
 from jaxtok.testing import world
 from tests.methods.laws import makers
@@ -31,7 +31,6 @@ REAL = {  # the laws run these without their own prefill
     "kvzip": lambda capacity: KVzip(capacity=capacity, sinks=1),
     "kvzip-plus": lambda capacity: KVzip(capacity=capacity, sinks=1, plus=True, share="model"),
     "speckv": lambda capacity: SpecKV(capacity=capacity, window=2, look=2, pool=3),
-    "recycled:threshold": lambda capacity: RecycledAttention(top_k=capacity, stride=4, threshold=-1.1),
 }
 CASES = {label: make for name in registry.names() for label, make in makers(name).items()} | REAL
 CHOSEN = CASES if os.environ.get("JAXTOK_FULL") else {label: CASES[label] for label in SOME}

@@ -19,13 +19,14 @@ _MOVED = "keys move to compact positions by design: the masked full cache keeps 
 _FOLDED = "what goes is folded into what stays"
 _MEAN = "what is dropped stays in one token, their mean"
 _CHANNELS = "channels of keys are dropped, no tokens"
+RECYCLED = ("recycled", "recycled:threshold")
 EXEMPT: dict[tuple[str, str], str] = {
     ("key_rerotation", "dropped_equals_masked"): _MOVED,
     ("key_rerotation-ada_kv", "dropped_equals_masked"): _MOVED,
     ("streaming_llm:compact", "dropped_equals_masked"): _MOVED,
     **{
         (name, "dropped_equals_masked"): "nothing is dropped, only left unread"
-        for name in ("quest", "tidaldecode", "recycled", "tokenselect", "tokenselect:pages", "actqkv", "sentencekv.reader", "landmark")
+        for name in ("quest", "tidaldecode", *RECYCLED, "tokenselect", "tokenselect:pages", "actqkv", "sentencekv.reader", "landmark")
     },
     ("merging", "dropped_equals_masked"): _FOLDED,
     ("lococo", "dropped_equals_masked"): _FOLDED,
