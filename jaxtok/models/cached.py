@@ -132,7 +132,8 @@ def _attend_group(
         known = recipe.reader.segments(part.reader) if recipe.reader is not None and recipe.reader.needs.segment else None
         if known is None and recipe.reader is not None and recipe.reader.needs.segment:
             raise ValueError(
-                f"{recipe.reader.name} has not kept the segments of these caches, which are within its budget; prefill at once, or with read=True"
+                f"{recipe.reader.name} has not kept the segments of these caches, made without it or within its budget; "
+                "prefill at once, or with read=True"
             )
         if needs.keys or needs.hidden:
             raise ValueError("a method needs the unrotated keys or the hidden rows of the whole cache; they are not kept after a prefill")
@@ -288,6 +289,8 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
     else:
         slots, cursor = kv.pos.shape[-1] + new, None
     if reader is not None:
+        if reader.needs.segment and kv.segment is None:
+            raise ValueError(f"{reader.name} needs the segments of the prompt, which the prefill of {recipe.cache.name} does not keep")  # type: ignore[union-attr]
         slots = -(-slots // reader.block) * reader.block
     extra = slots - kv.pos.shape[-1]
     kv = grow_kv(kv, slots)

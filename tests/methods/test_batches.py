@@ -1,7 +1,7 @@
 """A batch of eight prompts of 3 to 64 tokens gives, row by row, what a batch of one gives: every method, left and right padding.
 
 Prefill as the recipe asks (`decode.prefill`; a reader and a policy of blocks also in chunks), then forced steps. With JAXTOK_FULL=1 in the
-environment all methods run (some minutes), otherwise one of each site; that a row depends on itself only is a law of every method anyway.
+environment all methods run (some minutes), otherwise one; that a row depends on itself only is a law of every method anyway.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ CFG = dataclasses.replace(world.CFG, vocab=128)  # no token twice in a prompt: k
 N, STEPS, CAPACITY, CHUNK = 64, 6, 9, 16
 LENGTHS = np.array([64, 3, 17, 40, 5, 33, 8, 52])
 LEFT = np.arange(N)[None] >= N - LENGTHS[:, None]
-SOME = ("snapkv", "quest", "specpc")
+SOME = ("quest",)
 
 REAL = {  # the laws run these without their own prefill
     "kvzip": lambda capacity: KVzip(capacity=capacity, sinks=1),

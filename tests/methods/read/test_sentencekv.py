@@ -8,7 +8,7 @@ import pytest
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import generate, prefill, prefill_chunked, replay
-from jaxtok.methods import SentenceKV, SentenceKVCache, SnapKV
+from jaxtok.methods import KVzip, SentenceKV, SentenceKVCache, SnapKV
 from jaxtok.methods.read.sentencekv import sentencekv
 from jaxtok.models import decoder
 from jaxtok.testing.world import CFG, LIVE, world
@@ -239,7 +239,7 @@ def test_turns():
             want = np.take_along_axis(np.repeat(number[:, None], 2, 1), at, 2)
             np.testing.assert_array_equal(np.where(pos < 0, -2, want), np.where(pos < 0, -2, state.segment))
             np.testing.assert_array_equal(state.open, number[:, -1] + 1)
-    with pytest.raises(ValueError, match="has not kept the segments of these caches, which are within its budget"):
+    with pytest.raises(ValueError, match="has not kept the segments of these caches, made without it or within its budget"):
         wide = alone.replace(reader=SentenceKV(ends=(END,), budget=99, start_tokens=1, recent=2))
         decoder.prefill(CFG, params, decoder.embed(CFG, params, ids), wide, new=1, layers=decoder.empty(CFG, params, 4, 20, wide))
 
@@ -251,6 +251,10 @@ def test_refuses():
         SentenceKV(variant="kvpress")
     with pytest.raises(ValueError, match="closes no sentence; give the token ids that do"):
         SentenceKV()
+    params, ids, _ = world()
+    recipe = Recipe(cache=KVzip(capacity=8, sinks=1), reader=SentenceKV(ends=(END,)))
+    with pytest.raises(ValueError, match=r"needs the segments of the prompt, which the prefill of kvzip does not keep"):
+        jax.eval_shape(lambda: prefill(CFG, params, ids, None, recipe, new=1))
     with pytest.raises(ValueError, match="threshold must be >= 0"):
         SentenceKV(threshold=-1)
 
