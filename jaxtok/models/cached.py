@@ -285,7 +285,7 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
     if policy is not None:
         kv, state = policy.refit(own, state, kv, evidence, budget_of(keep, "policy", i, cfg, b))
         slots = policy.slots + policy.every
-        cursor = policy.capacity if policy.vacates else kv.pos.shape[-1]
+        cursor = policy.capacity if policy.vacates else policy.slots  # the same room before the next fit for a prompt of any length
     else:
         slots, cursor = kv.pos.shape[-1] + new, None
     if reader is not None:
