@@ -57,7 +57,7 @@ def begin(cfg: Config, params, recipe: Recipe = PLAIN, *, slots: int, new: int, 
     if needs.keys or needs.hidden:
         return None
     if recipe.policy is not None:
-        slots = recipe.policy.capacity + recipe.policy.every
+        slots = recipe.policy.slots + recipe.policy.every
     elif recipe.cache is not None:
         slots = recipe.cache.slots + new
     return decoder.empty(cfg, params, b, _whole_blocks(recipe, slots), recipe)
