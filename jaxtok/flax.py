@@ -68,9 +68,9 @@ class Decoder(Pure):
         """Logits of the parallel pass without a cache: `blocks.forward`. Layers may be a tuple or stacked."""
         return blocks.forward(self.cfg, self.plain(), ids, live, remat=remat)
 
-    def embed(self, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None) -> Tokens:
+    def embed(self, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, ends: tuple[int, ...] = ()) -> Tokens:
         """Tokens of padded prompts, for `prefill`: `decoder.embed`."""
-        return decoder.embed(self.cfg, self.plain(), ids, live)
+        return decoder.embed(self.cfg, self.plain(), ids, live, ends)
 
     def lookup(self, ids: Int[Array, "b t"]) -> Float[Array, "b t c"]:
         """Embeddings of new ids, for `step`: `blocks.embed`."""

@@ -41,6 +41,10 @@ class Reader(Method):
         """Per-layer state, kept over steps, for h query heads."""
         return ()
 
+    def segments(self, state) -> tuple[Int[Array, "b g s"], Int[Array, " b"]] | None:
+        """The segment of each slot and the next one's number, for more of a prompt to go on from; None where the state has no such."""
+        return None
+
     def update(self, params, state, kv: KV, slot: Int[Array, "b g"]) -> Any:
         """State after the contents of `slot` changed (an append or an eviction)."""
         return state

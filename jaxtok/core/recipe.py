@@ -83,6 +83,11 @@ class Recipe:
         return needs
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """Token ids that close a sentence, for `decoder.embed`: those of a reader that asks for them."""
+        return () if self.reader is None else self.reader.ends
+
+    @property
     def passes(self) -> tuple[str, str] | None:
         """(method, function) where the prompt's method, the cache's or one that it holds takes a prefill of its own."""
         return next(((m.name, m.passes) for m in _early(self) if m.passes), None)

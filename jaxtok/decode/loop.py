@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxtok.core.recipe import Recipe
+from jaxtok.core.reduce import gather
+from jaxtok.core.select import pack
 from jaxtok.core.types import Tokens
 from jaxtok.decode.sampling import Sampler, sample
 from jaxtok.models import blocks, cached, decoder
@@ -127,7 +129,7 @@ def prefill_chunked(
     key: Array | None = None,
     impl: str = "auto",
 ) -> tuple[Tokens, Layers]:
-    """`embed` and `prefill` of left-padded prompts in chunks of `chunk` rows: activations take the memory of one chunk, the cache that of the prompt.
+    """`embed` and `prefill` of padded prompts in chunks of `chunk` rows: activations take the memory of one chunk, the cache that of the prompt.
 
     The caches are compressed with the last chunk, whose queries are the window that a method sees; a step policy observes all, and one
     that is `recurrent` (LoCoCo) fits after each chunk, so that the cache has room for its capacity and a chunk, whatever the prompt.
@@ -156,7 +158,8 @@ def prefill_chunked(
         raise ValueError("pruning between layers takes the whole prompt; prefill it at once")
     if recipe.reader is not None and recipe.reader.raw and not read and not (recipe.policy is not None and recipe.policy.raw):
         raise ValueError(f"{recipe.reader.name} wants keys stored unrotated from the first chunk on; prefill at once, or with read=True")
-    live = jnp.ones(ids.shape, bool) if live is None else live
+    packed = pack(jnp.ones(ids.shape, bool) if live is None else live)  # padding may stand anywhere, as for `embed`
+    ids, live = gather(ids, packed.index), packed.index >= 0
     b, n = ids.shape
     extra = -n % chunk
     ids, live = (jnp.pad(x, ((0, 0), (extra, 0))) for x in (ids, live))

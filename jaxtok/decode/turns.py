@@ -57,7 +57,7 @@ def begin(cfg: Config, params, recipe: Recipe = PLAIN, *, slots: int, new: int, 
     if needs.keys or needs.hidden:
         return None
     if recipe.policy is not None:
-        slots = recipe.policy.capacity + recipe.policy.every
+        slots = recipe.policy.slots + recipe.policy.every
     elif recipe.cache is not None:
         slots = recipe.cache.slots + new
     return decoder.empty(cfg, params, b, _whole_blocks(recipe, slots), recipe)
@@ -84,7 +84,7 @@ def listen(
     The turn attends to all of itself and of the caches, and a reader acts on the reply; one that needs to know sentences acts on both.
     """
     if layers is None or recipe.cache is not None or recipe.policy is not None:
-        tokens = decoder.embed(cfg, params, ids, live)
+        tokens = decoder.embed(cfg, params, ids, live, recipe.ends)
         tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers, key=key, impl=impl)
         return tokens.x[:, -1:], layers
     # in place: the caches keep their size, and slots that padding has taken are given back

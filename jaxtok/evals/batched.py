@@ -229,7 +229,7 @@ def _likelihood(cfg: Config, params, x, ids) -> tuple[Any, Any]:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _score_at_once(cfg: Config, recipe: Recipe, again, small, draft, params, rows: Rows, ids, live, keep, after, key):
     """The whole in one pass, without a method: the last `live` ids of each row are the continuation, `ids` repeats them (left-padded)."""
-    tokens = decoder.embed(cfg, params, rows.ids, rows.live)
+    tokens = decoder.embed(cfg, params, rows.ids, rows.live, recipe.ends)
     tokens, _ = decoder.prefill(cfg, params, tokens, recipe, new=0)
     t = ids.shape[1]
     x = jnp.pad(tokens.x, ((0, 0), (t + 1, 0), (0, 0)))[:, -t - 1 : -1]

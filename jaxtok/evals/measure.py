@@ -324,7 +324,7 @@ def ahead(recipe: Recipe, rows: Rows, new: int) -> int:
 
 def _ask(cfg: Config, recipe: Recipe, new: int, params, ids, live, layers, keep, key):
     """The question after the compressed context -> (tokens cut to the last row, caches)."""
-    tokens = decoder.embed(cfg, params, ids, live)
+    tokens = decoder.embed(cfg, params, ids, live, recipe.ends)
     if recipe.policy is not None:  # as it would be while generating: one row after another
         x, layers = decoder.step(cfg, params, tokens.x, tokens.pos >= 0, layers, recipe, keep=keep, key=key)
         return _last(tokens._replace(x=x)), layers

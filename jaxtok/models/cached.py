@@ -136,9 +136,11 @@ def _attend_group(
         )
         keys, diagonal = turned_k, 0
     else:
-        if recipe.reader is not None and recipe.reader.needs.segment:
+        known = recipe.reader.segments(part.reader) if recipe.reader is not None and recipe.reader.needs.segment else None
+        if known is None and recipe.reader is not None and recipe.reader.needs.segment:
             raise ValueError(
-                f"{recipe.reader.name} needs the segments of the whole cache, which are not kept; prefill at once, or with read=True"
+                f"{recipe.reader.name} has not kept the segments of these caches, made without it or within its budget; "
+                "prefill at once, or with read=True"
             )
         if needs.keys or needs.hidden:
             raise ValueError("a method needs the unrotated keys or the hidden rows of the whole cache; they are not kept after a prefill")
@@ -148,6 +150,11 @@ def _attend_group(
         turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs) for x in (q, k))
         kv = append(grow_kv(past, past.k.shape[2] + n), k if unturned else turned_k, v, pos, bias)
         kv = kv._replace(seen=past.seen + tokens.seen, delta=past.delta + tokens.delta)
+        if known is not None:  # the sentence that is open goes on
+            more = jnp.where(tokens.segment < 0, -1, tokens.segment + known[1][:, None])
+            old = jnp.pad(known[0], ((0, 0), (0, 0), (0, n)), constant_values=-1)
+            more = jnp.broadcast_to(more[:, None], (b, g, n))
+            kv = kv._replace(segment=jax.lax.dynamic_update_slice_in_dim(old, more, past.cursor, 2))
         keys, diagonal = kv.k, past.k.shape[2]
         if unturned:
             turned_q, keys = place(q, kv, past.cursor, freqs)
@@ -310,10 +317,12 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
     if policy is not None:
         kv, state = policy.refit(own, state, kv, evidence, budget_of(keep, "policy", i, cfg, b))
         slots = policy.slots + policy.every
-        cursor = policy.capacity if policy.vacates else kv.pos.shape[-1]
+        cursor = policy.capacity if policy.vacates else policy.slots  # the same room before the next fit for a prompt of any length
     else:
         slots, cursor = kv.pos.shape[-1] + new, None
     if reader is not None:
+        if reader.needs.segment and kv.segment is None:
+            raise ValueError(f"{reader.name} needs the segments of the prompt, which the prefill of {recipe.cache.name} does not keep")  # type: ignore[union-attr]
         slots = -(-slots // reader.block) * reader.block
     full = kv.pos.shape[-1]
     if reader is not None and reader.offload and old is not None:  # where the cursor is depends on what the caches hold

@@ -118,7 +118,7 @@ def _refit(cfg, policy: CachePolicy, own, reader, reader_params, i, kv, state, r
         seen = _recalled(cfg, i, kv, evidence, policy.recall(own, state), impl)
         kv, state = policy.refit(own, state, kv, seen, budget)
         moved = Held(pad_slots(state.slots, slots - kv.pos.shape[-1]), state.rest)
-        kv = grow_kv(kv, slots)
+        kv = grow_kv(kv, slots)._replace(cursor=jnp.full_like(kv.cursor, policy.slots))
         return kv, moved, reading if reader is None else reader.start(reader_params, i, kv, cfg.heads)
 
     return jax.lax.cond(kv.cursor >= policy.slots + policy.every, fit, lambda *same: same, kv, state, reading)

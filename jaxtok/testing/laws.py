@@ -211,7 +211,7 @@ def transforms_compose(make):
     live = LIVE & (np.arange(B) != 1)[:, None]
     out = result(method, live=live)
     assert np.isfinite(out["logits"]).all(), "NaN from an empty row"
-    tokens = tokens_of(params, ids, live)
+    tokens = tokens_of(params, ids, live, recipe_of(method).ends)
     own, keep = weights(method, params), jnp.full((B,), CAP, jnp.int32)
 
     def loss(x, row, ids, keep):

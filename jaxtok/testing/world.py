@@ -117,13 +117,13 @@ def masked_replay():
     return jax.jit(replay)
 
 
-def tokens_of(params, ids, live=LIVE) -> Tokens:
-    return decoder.embed(CFG, params, ids, jnp.asarray(live))
+def tokens_of(params, ids, live=LIVE, ends=()) -> Tokens:
+    return decoder.embed(CFG, params, ids, jnp.asarray(live), ends)
 
 
 def result(method, *, dtype="float32", live=LIVE, ids=None, keep=CAP, change=lambda tokens: tokens):
     params, prompt, force = world(dtype)
-    tokens = change(tokens_of(params, prompt if ids is None else ids, live))
+    tokens = change(tokens_of(params, prompt if ids is None else ids, live, recipe_of(method).ends))
     fn, _ = program(method, dtype)
     return jax.device_get(fn(weights(method, params), tokens, force, jnp.full((B,), keep, jnp.int32), jax.random.key(4)))
 

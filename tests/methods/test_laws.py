@@ -20,6 +20,7 @@ _FOLDED = "what goes is folded into what stays"
 _MEAN = "what is dropped stays in one token, their mean"
 _CHANNELS = "channels of keys are dropped, no tokens"
 _MERGED = "rows are merged, not dropped"
+RECYCLED = ("recycled", "recycled:threshold")
 EXEMPT: dict[tuple[str, str], str] = {
     **{(name, "rows_dropped_equals_masked"): _MERGED for name in ("tome",)},
     ("key_rerotation", "dropped_equals_masked"): _MOVED,
@@ -27,7 +28,7 @@ EXEMPT: dict[tuple[str, str], str] = {
     ("streaming_llm:compact", "dropped_equals_masked"): _MOVED,
     **{
         (name, "dropped_equals_masked"): "nothing is dropped, only left unread"
-        for name in ("quest", "tidaldecode", "recycled", "tokenselect", "tokenselect:pages", "actqkv", "sentencekv.reader", "landmark")
+        for name in ("quest", "tidaldecode", *RECYCLED, "tokenselect", "tokenselect:pages", "actqkv", "sentencekv.reader", "landmark")
     },
     ("merging", "dropped_equals_masked"): _FOLDED,
     ("lococo", "dropped_equals_masked"): _FOLDED,

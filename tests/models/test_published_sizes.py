@@ -20,7 +20,7 @@ from jaxtok.core import heads, registry
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import prefill
 from jaxtok.evals.heads import told_apart
-from jaxtok.methods import Chain, KeyDiff, PerLayer, SnapKV
+from jaxtok.methods import Chain, KeyDiff, PerLayer, SentenceKV, SnapKV
 from jaxtok.models import blocks, decoder, hf
 from jaxtok.models.config import Config
 from tests.models.test_load import LLAMA31
@@ -92,6 +92,7 @@ def trace(cfg, params, method):
 # methods that have to be told something, and what a sliding window rules out
 SPECS: dict[str, Callable[[Config], Any]] = {
     "chain": lambda cfg: Chain(methods=(SnapKV(capacity=2 * CAPACITY), KeyDiff(capacity=CAPACITY))),
+    "sentencekv.reader": lambda cfg: SentenceKV(ends=(13,)),
     "per_layer": lambda cfg: PerLayer(base=SnapKV(capacity=CAPACITY), weights=tuple(range(2 * cfg.layers, cfg.layers, -1))),
 }
 COMPACT = "compact positions and a sliding window contradict each other"

@@ -85,3 +85,13 @@ def test_official_weights(data):
     weight, _ = grouped_softmax(jnp.asarray(logit), jnp.asarray(seen), jnp.ones(logit.shape[:-1], bool))
     np.testing.assert_allclose(weight[..., 0, :-1], z["c4_weights"], atol=1e-6)
     np.testing.assert_allclose(weight[..., 0, :-1] @ v, z["c4_out"], atol=1e-5)
+    # the gradient of sum(out * cotangent) by the rows that q, k, v are made of, through the official custom backward
+    h = q.shape[1]
+
+    def out(x):
+        q, k, v = (y.reshape(1, t, h, -1).swapaxes(1, 2) for y in jnp.split(x @ z["c4_w_qkv"].T, 3, -1))
+        logit = jnp.pad(jnp.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5, ((0, 0),) * 3 + ((0, 1),))[:, :, :, None]
+        weight, _ = grouped_softmax(logit, jnp.asarray(seen), jnp.ones(logit.shape[:-1], bool))
+        return jnp.sum((weight[..., 0, :-1] @ v).swapaxes(1, 2).reshape(1, t, -1) * z["c4_out_cotangent"])
+
+    np.testing.assert_allclose(jax.grad(out)(jnp.asarray(z["c4_x"])), z["c4_grad_x"], rtol=1e-4, atol=1e-5)

@@ -44,6 +44,27 @@ def full_heads(
     return heads.best(echo, count("echo_ratio", echo_ratio)) | heads.best(induction, count("induction_ratio", induction_ratio))
 
 
+def reaching_heads(
+    bound: Float[np.ndarray, "l h"], slopes: Float[np.ndarray, " h"], window: int, kv_heads: int, *, epsilon: float = 1.0
+) -> Bool[np.ndarray, "l g"]:
+    """The heads of a model with ALiBi that must keep everything: those that reach beyond the window (our reading of the paper's rule).
+
+        reach = (2 bound - log epsilon) / slope,     bound >= |q . k| / sqrt(d) for all queries and keys of the head (max |q| |k|, say)
+
+    A key `distance` tokens back gets at most exp(2 bound - slope distance) of what the query's own key gets, so beyond the reach less than
+    `epsilon` of it. A KV head keeps everything where one of its query heads reaches beyond `window` tokens.
+    """
+    bound, slopes = np.asarray(bound, np.float64), np.asarray(slopes, np.float64)
+    check.count("window", window)
+    check.between("epsilon", epsilon, 1e-300, 1.0)
+    if bound.ndim != 2 or slopes.shape != bound.shape[1:] or bound.shape[1] % kv_heads or not (slopes > 0).all() or not (bound >= 0).all():
+        raise ValueError(
+            f"bound {list(bound.shape)} and slopes {list(slopes.shape)} must be [l h] >= 0 and [h] > 0, h a multiple of {kv_heads} KV heads"
+        )
+    reach = (2 * bound - np.log(epsilon)) / slopes
+    return (reach > window).reshape(len(bound), kv_heads, -1).any(-1)
+
+
 @register(
     "razor_attention",
     site="policy",
@@ -66,8 +87,8 @@ class RazorAttention(heads.Streaming):
 
     Nothing dropped: no compensation token, the head streams. One dropped: it is that token, exactly. All dropped keys alike: exact attention.
     The compensation token stands at the position of the newest token in it (our reading; positions matter in layers with a sliding window
-    only, where it counts as long as that one is inside, with what has already left the window). Left out: the rule for models with ALiBi,
-    whose heads keep what their slope can reach; no model here has ALiBi.
+    only, where it counts as long as that one is inside, with what has already left the window). In models with ALiBi the heads
+    that keep everything are those that reach beyond the window, `reaching_heads`; no model here has ALiBi.
     """
 
     most: ClassVar[float] = ECHO + INDUCTION

@@ -43,7 +43,7 @@ class ActQKV(Reader):
     k = (budget - n_init - n_local) // block blocks a layer on average, so that the layers' sum is fixed whatever the entropies. The
     entropies are those of the step before (a step cannot know its later layers); the first step, and windows of several queries
     (`decode.prefill_chunked(read=True)`), take k everywhere. One query, or equal ones: sigma = 0 and the probe is their mean. One query
-    far from equal others: the probe is close to it. Equal entropies: k in every layer. A budget that covers the cache: full attention.
+    far from equal others: the probe is close to it. Equal entropies: k in every layer. A text within the budget is read whole.
 
     Our reading, since only the paper's summary was at hand: the mean key as a block's representative, rotated queries and keys at true
     positions, the first and last tokens (as in the InfLLM family; inside the budget), entropies of the step before, and the cap `most`,
@@ -89,7 +89,7 @@ class ActQKV(Reader):
     def _covers(self, s: int) -> bool:
         if s % self.block:
             raise ValueError(f"actqkv reads blocks of {self.block} slots, but the cache has {s}; round it up to a multiple")
-        return (self.cap + self.edges) * self.block >= s
+        return self.budget >= s
 
     def start(self, params, layer: int, kv: KV, h: int) -> Any:
         check.cache(kv)
@@ -120,9 +120,10 @@ class ActQKV(Reader):
         edge = (newest >= 0) & ((oldest < self.n_init) | (newest >= (kv.seen - self.n_local - queries)[:, None, None]))
         share = self.blocks(self.probe(q, pos), state.mean, (newest >= 0) & ~edge)
         entropy = -jnp.sum(jnp.where(share > 0, share * jnp.log(jnp.where(share > 0, share, 1.0)), 0.0), -1)
-        best, page = lax.top_k(share, self.cap)
+        best, page = lax.top_k(share, min(self.cap, share.shape[-1]))
         count = jnp.full((b,), self.mean, jnp.int32) if q.shape[2] > 1 else state.share
-        page = jnp.where((best > 0) & (jnp.arange(self.cap)[None, None] < count[:, None, None]), page, -1)
+        count = jnp.where(kv.seen <= self.budget, self.cap, count)  # a text that the budget covers is read whole
+        page = jnp.where((best > 0) & (jnp.arange(best.shape[-1])[None, None] < count[:, None, None]), page, -1)
         forced = self.edges + -(-(q.shape[2] - 1) // self.block)
         some, at = lax.top_k(edge.astype(jnp.int32), min(forced, edge.shape[-1]))
         index = jnp.sort(jnp.concatenate([page, jnp.where(some > 0, at, -1)], -1), -1)
@@ -161,7 +162,8 @@ class ActQKV(Reader):
         logit = jnp.einsum("bgqd,bgpd->bgqp", grouped(probe, g), lax.stop_gradient(mean).astype(jnp.float32)) * d**-0.5
         logit = jnp.where(candidate[:, :, None], logit, select.NEG)
         mass = jnp.where(candidate[:, :, None], jnp.exp(logit - jnp.max(logit, -1, keepdims=True)), 0.0)
-        return jnp.mean(mass / jnp.maximum(jnp.sum(mass, -1, keepdims=True), 1e-30), 2)
+        share = jnp.mean(mass / jnp.maximum(jnp.sum(mass, -1, keepdims=True), 1e-30), 2)
+        return jnp.where(candidate, jnp.maximum(share, 1e-30), 0.0)
 
     def traffic(self, layer: int, h: int, kv: KV, hit: bool = False) -> Traffic:
         """One mean key a block, 12 bytes of positions a slot, and a 4-byte score of each query head and block that goes to memory and back

@@ -40,7 +40,7 @@ class Sentences(NamedTuple):
 
 
 def sentencekv(*, ends: tuple[int, ...], budget: int = 1024, factor: float = 3.0, start: int = 32, recent: int = 32, **options) -> Recipe:
-    """The paper's two sites: keep factor * budget tokens, read `budget` of them. Embed with `decoder.embed(ends=recipe.reader.ends)`."""
+    """The paper's two sites: keep factor * budget tokens, read `budget` of them."""
     reader = SentenceKV(ends=ends, budget=budget, start_tokens=start, recent=recent, **options)
     return Recipe(cache=SentenceKVCache(capacity=int(factor * budget)), reader=reader)
 
@@ -86,9 +86,9 @@ class SentenceKV(Reader):
                from its first token on, until `budget` tokens are read; the last sentence is cut short
 
     While the open sentence has at most `threshold` tokens, and at the token that closes one, everything is attended to. A token in
-    `ends` closes a sentence; the prompt's last one ends with the prompt. Prompt tokens get their sentence from Tokens.segment
-    (`decoder.embed(ends=)`), generated ones by their ids (`decoder.step(ids=)`; the loops pass them). `sentences` caps how many mean
-    keys are held; tokens of later ones, and of none, come last. A step that is whole for one sequence takes its time for all.
+    `ends` closes a sentence; the prompt's last one ends with the prompt, a reply's goes on in the next turn. `decode.prefill` and the
+    loops tell the reader what closes one; by hand it takes `decoder.embed(ends=recipe.ends)` and `decoder.step(ids=)`. `sentences` caps how
+    many mean keys are held; tokens of later ones, and of none, come last. A step that is whole for one sequence takes its time for all.
     `offload`, as in the paper: the prompt's keys and values stand in host memory; sparse steps fetch what they read of it, whole ones all.
 
     variant="paper": the open sentence's tokens come before all others, so nothing is out of reach, and a budget that covers the cache
@@ -108,11 +108,13 @@ class SentenceKV(Reader):
     attends, hosted = True, ("k", "v")
 
     def __post_init__(self):
-        for name, least in {"start_tokens": 0, "recent": 1, "threshold": 0, "sentences": 1}.items():
-            check.at_least(name, getattr(self, name), least)
+        for name in ("start_tokens", "recent", "threshold", "sentences"):
+            check.at_least(name, getattr(self, name), int(name in ("recent", "sentences")))
         check.budget("budget", self.budget, self.start_tokens + self.recent)
         check.one_of("variant", self.variant, ("paper", "official"))
         check.one_of("group", self.group, tuple(score.REDUCTIONS))
+        if not self.ends:
+            raise ValueError("ends=() closes no sentence; give the token ids that do, those of . ? ! and a line break, say")
 
     @property
     def needs(self) -> Needs:
@@ -127,13 +129,15 @@ class SentenceKV(Reader):
         state = Sentences(segment, jnp.zeros((b, g, n, d), kv.k.dtype), none, zero, zero, jnp.zeros((b, h, d)), jnp.zeros((b, g, d)))
         return self._means(state._replace(open=jnp.maximum(jnp.max(segment, (1, 2)) + 1, 0)), kv)
 
+    def segments(self, state) -> tuple[Int[Array, "b g s"], Int[Array, " b"]] | None:
+        return (jnp.maximum(state.segment, -1), state.open) if isinstance(state, Sentences) else None
+
     def _means(self, state: Sentences, kv: KV) -> Sentences:
         """Mean keys of all finished sentences, afresh."""
         done = (state.segment >= 0) & (state.segment < jnp.minimum(state.open, self.sentences)[:, None, None])
-        total = lambda x: segment_sum(x, jnp.where(done, state.segment, -1), self.sentences)
-        size = total(done.astype(jnp.float32))
-        mean = total(jnp.where(done[..., None], whole(kv.k), 0)) / jnp.maximum(size, 1)[..., None]
-        return state._replace(mean=mean.astype(kv.k.dtype), known=size > 0)
+        to, keys = jnp.where(done, state.segment, -1), jnp.where(done[..., None], whole(kv.k), 0)
+        size, total = (segment_sum(x, to, self.sentences) for x in (done, keys))
+        return state._replace(mean=(total / jnp.maximum(size, 1)[..., None]).astype(kv.k.dtype), known=size > 0)
 
     def attend(
         self, params, layer: int, state, carry, q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight
@@ -142,9 +146,8 @@ class SentenceKV(Reader):
         if not isinstance(state, Sentences):
             return state, carry, *attend_all(q, pos, kv, see)
         live, t = pos >= 0, q.shape[2]
-        closes = live & (jnp.isin(see.ids, jnp.asarray(self.ends, jnp.int32)) if see.ids is not None and self.ends else False)
-        number = state.open[:, None] + jnp.cumsum(closes, 1, dtype=jnp.int32) - closes.astype(jnp.int32)
-        at = jnp.maximum(kv.cursor - t, 0)
+        closes = live & (False if see.ids is None else jnp.isin(see.ids, jnp.asarray(self.ends, jnp.int32)))
+        number, at = state.open[:, None] + jnp.cumsum(closes, 1, dtype=jnp.int32) - closes.astype(jnp.int32), jnp.maximum(kv.cursor - t, 0)
         rows = jnp.broadcast_to(jnp.where(live, number, DEAD)[:, None], (*kv.pos.shape[:2], t))
         state = state._replace(segment=lax.dynamic_update_slice_in_dim(state.segment, rows, at, 2))
         if t > 1:  # what a chunk of a prompt leaves open goes on in the next; queries are counted from the first step on
@@ -153,10 +156,8 @@ class SentenceKV(Reader):
         state = self._extend(state, q[:, :, 0], newest(kv.k, at), live[:, 0], closes[:, 0])
         every, slots = state.length <= self.threshold, self.choose(state, kv.cursor)
         named = lambda: kv._replace(pos=jnp.where(every[:, None, None] | select.mark(slots, kv.pos.shape[-1]), kv.pos, -1))
-        out, lse = lax.cond(
-            jnp.any(every & live[:, 0]), lambda: attend_all(q, pos, named(), see), lambda: attend_slots(q, pos, kv, slots, see)
-        )
-        return state, carry, out, lse
+        full, some = lambda: attend_all(q, pos, named(), see), lambda: attend_slots(q, pos, kv, slots, see)
+        return state, carry, *lax.cond(jnp.any(every & live[:, 0]), full, some)
 
     def _extend(self, state: Sentences, q: Float[Array, "b h d"], k: Float[Array, "b g d"], live, closes) -> Sentences:
         """One more token of the open sentence; where it closes it, the mean key is known and the next one is open."""
@@ -177,20 +178,17 @@ class SentenceKV(Reader):
 
     def choose(self, state: Sentences, cursor: Int[Array, ""]) -> Int[Array, "b g m"]:
         """The slots of a sparse step, ascending; -1 = unused."""
-        (b, g, s), n = state.segment.shape, self.sentences
+        (b, g, s), n, mine = state.segment.shape, self.sentences, state.segment
         query = (state.query / jnp.maximum(state.length, 1).astype(jnp.float32)[:, None, None]).reshape(b, g, -1, state.query.shape[-1])
         like = score.REDUCTIONS[self.group](jnp.einsum("bgqd,bgnd->bgqn", query, state.mean.astype(jnp.float32)), axis=2)
         like = jnp.where(state.known, jnp.clip(select.finite(like), -FAR, FAR), -2 * FAR)
-        mine, opened = state.segment, state.open[:, None, None]
         first = jnp.where((mine < 0) | (mine >= n), -2 * FAR, jnp.take_along_axis(like, jnp.clip(mine, 0, n - 1), -1))
-        first = jnp.where(mine == opened, 2 * FAR, first)
+        first = jnp.where(mine == state.open[:, None, None], 2 * FAR, first)
         count = jnp.sum(mine > DEAD, -1, keepdims=True, dtype=jnp.int32)
         place = jnp.arange(s, dtype=jnp.int32)[None, None] - (cursor - count)  # live slots are the last ones before the cursor
-        edge = (place < self.start_tokens) | (place >= count - self.recent)
-        gone = mine == DEAD
+        edge, gone = (place < self.start_tokens) | (place >= count - self.recent), mine == DEAD
         if self.variant == "official":
             gone = gone | (~edge & ((first == 2 * FAR) | (first == -2 * FAR) | (place == self.start_tokens)))
-        # of equal ones the earliest slots: a sentence from its first token on
         best, slots = lax.top_k(jnp.where(gone, -jnp.inf, jnp.where(edge, 3 * FAR, first)), min(self.budget, s))
         return jnp.sort(jnp.where(best > -jnp.inf, slots, -1), -1)
 

@@ -35,10 +35,9 @@ class CaM(Wrapper):
     to, goes without trace. Keys, positions and counts stay. `sample=False` takes p_j itself for c_j: the mean of the draws.
 
     Draws are a function of (the model's key, or `seed` and the layer; the position): the same for all heads and rows of a batch.
-    Here it happens once, to all that the compression evicts: our reading for this site. While generating: CaMPolicy, and for a compression
-    every so many steps Decoding(base=CaM(...)), which is kvpress's CAMPress but for this: that merges only as many tokens as have come since
-    the last time (the best of the evicted), keeps one set for all heads, and its A is summed over the steps of the generation.
-    window=32 is kvpress's. Time O(n w d), one target at a time.
+    Here it happens once, to all that the compression evicts: our reading for this site. While generating: CaMPolicy, and every so many steps
+    Decoding(base=CaM(...)), which is kvpress's CAMPress but that it merges only as many tokens as have come since the last time (the best
+    of the evicted), keeps one set for all heads, and sums A over the steps. window=32 is kvpress's. Time O(n w d), one target at a time.
     """
 
     edits: ClassVar[bool] = True
@@ -64,8 +63,7 @@ class CaM(Wrapper):
         plan = self.plan(params, kv, evidence, keep)
         if plan.weight is not None:
             raise ValueError(f"{self.base.name} merges by itself; cam goes around a method that selects")
-        left = reduce_kv(plan, kv)
-        return left._replace(v=self.merged(plan, kv, evidence)), move(plan, evidence)
+        return reduce_kv(plan, kv)._replace(v=self.merged(plan, kv, evidence)), move(plan, evidence)
 
     def merged(self, plan: Plan, kv: KV, evidence: Evidence) -> Float[Array, "b g m d"]:
         """Values of the kept slots with the shares of the evicted added."""
@@ -84,17 +82,19 @@ class CaMPolicy(StepWrapper):
     nothing newer behind it (the newest token itself) goes without trace. Which tokens stay is `base`'s alone; what it needs (StreamingLLM,
     H2O, TOVA, ...) it gets. `sample=False`: p_j itself, the mean of the draws. Draws: CaM's.
 
-    Our reading: any policy may choose. Beside `base`'s state a slot has one sum of attention. ValueError for a base that compresses only
-    now and then.
+    variant="kvpress": A counts the queries after the first prefill only. Around TOVA(variant="kvpress"), whose heads keep one set, this is
+    CAMPress with compression_interval=1. Our reading: any policy may choose. ValueError for a base that compresses only now and then.
     """
 
     base: CachePolicy
     window: int = 32
     sample: bool = True
     seed: int = 0
+    variant: str = "paper"
 
     def __post_init__(self):
         self.check_base()
+        check.one_of("variant", self.variant, ("paper", "kvpress"))
         if not self.base.vacates or isinstance(self.base, CaMPolicy):
             raise ValueError(f"cam.policy needs a base that vacates a slot at each step, got {self.base!r}; put cam inside decoding")
         check.count("window", self.window)
@@ -108,7 +108,7 @@ class CaMPolicy(StepWrapper):
         return self.base.step_needs | Needs(received=True)
 
     def start(self, params, kv: KV, evidence: Evidence) -> Held:
-        return self._held(self.base.start(params, kv, evidence), _received(kv, evidence))
+        return self._held(self.base.start(params, kv, evidence), _received(kv, evidence) * int(self.variant == "paper"))
 
     def observe(self, params, state: Held, kv: KV, evidence: Evidence) -> Held:
         return self._held(self.base.observe(params, _inner(state), kv, evidence), state.slots[1] + _received(kv, evidence))

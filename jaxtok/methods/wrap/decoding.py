@@ -44,9 +44,8 @@ class Decoding(CachePolicy):
     `received`, `peak` and query moments of the last `buffer`. The queries are kept (w head_dim numbers a head and sequence), not their attention.
     ValueError where it needs what a step does not know: hidden rows, unrotated keys, weights, or a prefill of its own.
 
-    A cache that is not full yet is not compressed: after a prompt shorter than the capacity the first time comes when capacity + interval
-    keys are there. kvpress counts steps from the prefill and cuts what is over the target then; from a prompt of at least `capacity`
-    tokens on both cut at the same steps. Its DecodingPress leaves the prompt whole until the first cut (target_size = capacity here,
+    Steps count from the prefill, as in kvpress, whatever the prompt's length and padding; what is not over the capacity then stays. Its
+    DecodingPress leaves the prompt whole until the first cut (target_size = capacity here,
     compression_interval = interval); PrefillDecodingPress with the same press twice is this policy. Not carried over from 0.5.5: the
     buffered queries are all rotated to the last position, so that only windows of one query are sound; moments are of the buffer less its
     first n_sink rows, at positions that count from the buffer; the buffer is emptied at each cut, so that a window longer than

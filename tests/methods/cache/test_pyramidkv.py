@@ -103,12 +103,13 @@ def test_refuses():
             PyramidKV(**options)
 
 
-@pytest.mark.parametrize("v", range(4))
-def test_official_outputs(data, v):
-    """KVCache-Factory, six layers; where pooling ties, the scores at the kept places."""
+@pytest.mark.parametrize("v, mode", [(0, "kv"), (1, "kv"), (2, "kv"), (3, "kv"), (0, "q"), (3, "q")])
+def test_official_outputs(data, v, mode):
+    """KVCache-Factory, six layers, for each KV head and for each query head on repeated keys; where pooling ties, the scores at the kept places."""
     z = np.load(data / "golden" / "pyramidkv_factory.npz")
-    q, kv = z["c0_q"], toys.cache(z["c0_k"], z["c0_v"])
-    first = f"c0_v{v}_kv_l0_"
+    q, copies = z["c0_q"], z["c0_q"].shape[1] // z["c0_k"].shape[1] if mode == "q" else 1
+    kv = toys.cache(*(np.repeat(z[f"c0_{x}"], copies, 1) for x in "kv"))
+    first = f"c0_v{v}_{mode}_l0_"
     method = PyramidKV(
         capacity=int(z[first + "max_capacity_prompt"]),
         window=int(z[first + "window_size"]),
@@ -122,14 +123,14 @@ def test_official_outputs(data, v):
     score = np.asarray(toys.scorer(method)(kv, evidence))[0, :, : -method.window]
     whole = dataclasses.replace(method, capacity=64)  # one program: the layers' counts as traced budgets
     for i in range(6):
-        get = lambda name, i=i: z[f"c0_v{v}_kv_l{i}_{name}"]
+        get = lambda name, i=i: z[f"c0_v{v}_{mode}_l{i}_{name}"]
         count = int(method.layer(i, 6).share(method.capacity, 64))
         assert count == get("kept").shape[-1]
         out = toys.run(whole, kv, evidence, jnp.asarray([[count]], jnp.int32))
         np.testing.assert_allclose(score, get("scores")[0], atol=2e-6)
         for head, chosen in enumerate(toys.kept(out)[0]):
             official = {int(p) for p in get("kept")[0, head]}
-            if f"c0_v{v}_kv_l{i}_gap" not in z or get("gap")[0, head] > 1e-6:
+            if f"c0_v{v}_{mode}_l{i}_gap" not in z or get("gap")[0, head] > 1e-6:
                 assert chosen == official
             else:
                 mine, theirs = (np.sort([score[head, p] for p in keep if p < score.shape[1]]) for keep in (chosen, official))

@@ -74,8 +74,9 @@ def test_equals_numpy(prefill, options):
     newest = {0.5: 4, 0.25: 2}[options.get("recent", 0.5)]
     want = reference(q[0], k[0], v[0], prefill, 8, newest, options.get("group", "mean"), options.get("variant", "paper"))
     got = toys.drive(H2O(capacity=8, **options), q, k, v, (prefill,), prefill)
-    for (scores, outs), (kv, state, out, _) in zip(want, got, strict=True):
+    for t, ((scores, outs), (kv, state, out, row)) in enumerate(zip(want, got, strict=True)):
         assert toys.kept(kv)[0] == [set(head) for head in scores]
+        assert out is None or (np.asarray(row > 0).sum(-1) == min(prefill + t, 9)).all()  # a step sees the budget and itself
         held = [{int(p): a for p, a in zip(*pair, strict=True) if p >= 0} for pair in zip(kv.pos[0], state.slots[0], strict=True)]
         for head, expect in zip(held, scores, strict=True):
             np.testing.assert_allclose([head[p] for p in expect], list(expect.values()), rtol=1e-4, atol=1e-6)
@@ -145,16 +146,42 @@ def test_official_real_drop(data, compact):
             np.testing.assert_allclose(flat, z[f"c1_s{t}_out"][0, 0], atol=2e-5)
 
 
-def test_official_prefill(data):
-    """KVCache-Factory's H2O of a prompt: column sums, the recent window, what is kept."""
+@pytest.mark.parametrize("mode", ["kv", "q"])
+def test_official_prefill(data, mode):
+    """KVCache-Factory's H2O of a prompt: column sums, the recent window, what is kept; of each KV head, and of each query head on repeated keys."""
     z = np.load(data / "golden" / "h2o_prefill_factory.npz")
-    q, kv = z["c0_q"], toys.cache(z["c0_k"], z["c0_v"])
+    q, k, v = (z[f"c0_{x}"] for x in "qkv")
+    copies = q.shape[1] // k.shape[1] if mode == "q" else 1
+    kv = toys.cache(*(np.repeat(x, copies, 1) for x in (k, v)))
     evidence = toys.look(q, kv, 1)
-    for v in range(2):
-        get = lambda name, v=v: z[f"c0_v{v}_kv_{name}"]
+    for i in range(2):
+        get = lambda name, i=i: z[f"c0_v{i}_{mode}_{name}"]
         capacity, window = int(get("max_capacity_prompt")), int(get("window_size"))
         policy = H2O(capacity=capacity, recent=window / capacity, group=str(get("gqa_score_agg")))
         state, plan = toys.fit(policy, kv, evidence)
         np.testing.assert_allclose(state.slots[0, :, :-window], get("scores")[0], atol=1e-5)
         index = np.asarray(plan.index)[0]
         assert [set(head) for head in index.tolist()] == [set(head) for head in get("kept")[0].tolist()]
+
+
+def test_official_masking(data):
+    """FMInference/H2O, masks of ratios of the prompt: the cache of what is not masked, its scores and the outputs of every step.
+
+    `recent` counts the coming token there. The token that leaves that window is hidden whatever it has received; in this case it is never
+    among the best, so that the slip does not show.
+    """
+    z = np.load(data / "golden" / "h2o_masking.npz")
+    q, k, v = layer(z)
+    ids, n = np.arange(q.shape[2]), int(z["c1_n_prefill"])
+    heavy, newest = int(z["c1_heavy_budget"]), int(z["c1_recent_budget"]) - 1
+    assert (heavy, newest + 1) == (int(n * z["c1_heavy_ratio"]), int(n * z["c1_recent_ratio"]))
+    policy = H2O(capacity=heavy + newest, recent=newest / (heavy + newest))
+    rows = (x.astype(np.float32) for x in (rotate(q, ids), rotate(k, ids), v))
+    for t, (kv, state, out, _) in enumerate(toys.drive(policy, *rows, (n,), n)):
+        assert toys.kept(kv)[0] == [set(np.flatnonzero(row[:-1]).tolist()) for row in z[f"c1_s{t}_mask_next"]]
+        for e in range(kv.pos.shape[1]):
+            for p, a in zip(np.asarray(kv.pos)[0, e], np.asarray(state.slots)[0, e], strict=True):
+                assert p < 0 or a == pytest.approx(z[f"c1_s{t}_scores"][e, p], abs=2e-5)
+        if out is not None:
+            flat = np.asarray(out[0, :, 0]).reshape(-1) @ z["c1_w.o_proj.weight"].T
+            np.testing.assert_allclose(flat, z[f"c1_s{t}_out"][0, 0], atol=2e-5)

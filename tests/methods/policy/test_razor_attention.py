@@ -12,7 +12,7 @@ from jaxtok.core.reduce import reduce_kv
 from jaxtok.core.types import Evidence
 from jaxtok.decode import prefill_chunked
 from jaxtok.methods import RazorAttention
-from jaxtok.methods.policy.razor_attention import full_heads
+from jaxtok.methods.policy.razor_attention import full_heads, reaching_heads
 from jaxtok.models import blocks, decoder
 from jaxtok.testing.world import CFG, LIVE, near, tokens_of, world
 from tests.methods import toys
@@ -249,6 +249,30 @@ def test_the_best_of_all_layers_by_either_score():
     assert full_heads(np.zeros((5, 20)), np.ones((5, 20))).sum() == 14
     assert full_heads(echo, induction, induction_ratio=1.0).all() and not full_heads(echo, induction, echo_ratio=0, induction_ratio=0).any()
     assert full_heads(echo[:, :1], induction[:, :1]).sum() == len({int(echo[:, 0].argmax()), int(induction[:, 0].argmax())})
+
+
+def test_heads_of_alibi_models_by_their_reach():
+    """Reaches 8, 40 | 16, 80 of two query heads for two KV heads: a window of 20. No key beyond its reach gets epsilon of the own key's weight."""
+    bound, slopes = np.array([[2.0, 10, 1, 1], [4, 1, 0, 20]]), np.array([0.5, 0.5, 0.125, 0.5])
+    assert full(bound, slopes, 20).tolist() == [[True, False], [False, True]] and full(bound, slopes, 15).tolist() == [[True, True]] * 2
+    assert full(bound, slopes, 100).sum() == 0 and full(bound[:, :1], slopes[:1], 8, kv_heads=1).tolist() == [[False], [True]]
+    assert full(bound[:, :1], slopes[:1], 8, kv_heads=1, epsilon=0.5).all()
+    rng = np.random.default_rng(7)
+    q, k, slope = rng.normal(size=8) * 2, rng.normal(size=(200, 8)), 0.25
+    logit = k @ q / 8**0.5
+    limit, back = np.linalg.norm(q) * np.linalg.norm(k, axis=-1).max() / 8**0.5, np.arange(200)[::-1]
+    weight = np.exp(logit - slope * back)
+    for epsilon in (1.0, 1e-3):
+        reach = (2 * limit - np.log(epsilon)) / slope
+        assert (weight[back > reach] < epsilon * weight[-1]).all() and 0 < (back > reach).sum() < 200
+        for window in (int(reach), int(reach) + 1):
+            assert full([[limit]], [slope], window, kv_heads=1, epsilon=epsilon).item() == (reach > window)
+    with pytest.raises(ValueError, match="h a multiple of 3 KV heads"):
+        full(bound, slopes, 8, kv_heads=3)
+
+
+def full(bound, slopes, window, kv_heads=2, **options):
+    return reaching_heads(np.asarray(bound), np.asarray(slopes), window, kv_heads, **options)
 
 
 def test_sizes_of_the_paper():

@@ -1,9 +1,13 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.core.reduce import grow_kv
 from jaxtok.core.types import Evidence
 from jaxtok.methods import StreamingLLM
+from jaxtok.ops.attention import attention
+from jaxtok.ops.cache import append, place
 from tests.methods import toys
 
 small = {
@@ -36,6 +40,32 @@ def test_equals_the_list(sinks):
             del want[sinks]
 
 
+def test_raw_keys_placed_by_rank_are_turned_keys_turned_back():
+    """R(rank) k = R(rank - position) R(position) k at every step past the capacity, so a cache of turned keys that are turned on by one place
+    with each eviction gives the same attention."""
+    rng, f = np.random.default_rng(5), np.asarray(toys.freqs(8), np.float64)
+    q, k, v = (rng.normal(size=(1, 2, 21, 8)).astype(np.float32) for _ in range(3))
+
+    def turn(x, at):
+        lo, hi, angle = x[..., :4], x[..., 4:], np.asarray(at)[..., None] * f
+        return np.concatenate([lo * np.cos(angle) - hi * np.sin(angle), hi * np.cos(angle) + lo * np.sin(angle)], -1)
+
+    held = {p: turn(k[0, :, p].astype(np.float64), p) for p in range(6)}  # turned, one by one, wherever they stand now
+    for t, (kv, _, out, _) in enumerate(toys.drive(StreamingLLM(capacity=6, sinks=2), q, k, v, (6,), 6)):
+        if out is None:
+            continue
+        p = 5 + t
+        rank = len(held)
+        held[p] = turn(k[0, :, p].astype(np.float64), rank)
+        logit = np.einsum("hd,phd->hp", turn(q[0, :, p].astype(np.float64), rank), np.stack(list(held.values()))) * 8**-0.5
+        weight = np.exp(logit - logit.max(-1, keepdims=True))
+        want = np.einsum("hp,hpd->hd", weight / weight.sum(-1, keepdims=True), v[0][:, list(held)])
+        np.testing.assert_allclose(out[0, :, 0], want, atol=1e-5)
+        del held[list(held)[2]]
+        held = {p: x if i < 2 else turn(x, -1) for i, (p, x) in enumerate(held.items())}
+        assert toys.kept(kv)[0] == [set(held)] * 2
+
+
 def test_only_the_paper_stores_raw_keys():
     assert StreamingLLM(capacity=9).raw and not StreamingLLM(capacity=9, compact=False).raw
     assert StreamingLLM(capacity=9).needs.rows == 0 and not StreamingLLM(capacity=9).step_needs.received
@@ -58,7 +88,10 @@ def test_refuses():
 
 
 def test_official_outputs(data):
-    """mit-han-lab/streaming-llm, one GQA layer: what is attended to and kept at every step, and the layer's output at compact positions."""
+    """mit-han-lab/streaming-llm, one GQA layer: what is attended to and kept at every step, and the layer's output at compact positions.
+
+    Then a turn of three tokens, for which the official code makes room beforehand: `refit` with a budget smaller by three.
+    """
     z = np.load(data / "golden" / "streaming_llm.npz")
     get = lambda name: z[f"c2_{name}"]
     h, g, d, start, n = (int(get(x)) for x in ("num_heads", "num_kv_heads", "head_dim", "start_size", "n_prefill"))
@@ -78,3 +111,15 @@ def test_official_outputs(data):
             np.testing.assert_allclose(flat, get(f"s{t}_out")[0, 0], atol=2e-6)
         last = np.asarray(kv.pos)[0, 0]
         before = sorted(toys.kept(kv)[0][0])
+    turn = int(get("n_turn"))
+    kv, _ = policy.refit({}, policy.start({}, kv, Evidence()), kv, Evidence(), jnp.full((1,), policy.capacity - turn))
+    assert toys.kept(kv)[0] == [set(get("turn_kept_before").tolist())] * g
+    rows = [jnp.asarray(x[:, :, n + steps :]) for x in (q, k, v)]
+    at = jnp.arange(n + steps, n + steps + turn, dtype=jnp.int32)[None]
+    first = kv.cursor
+    kv = append(grow_kv(kv, kv.pos.shape[-1] + turn), rows[1], rows[2], at, jnp.zeros((1, g, turn)))
+    assert toys.kept(kv)[0] == [set(get("turn_attended").tolist())] * g
+    placed, keys = jax.jit(place)(rows[0], kv, first, toys.freqs(d))
+    out, _ = attention(placed, keys, kv.v, q_pos=at, k_pos=kv.pos)
+    flat = np.asarray(out[0]).swapaxes(0, 1).reshape(turn, -1) @ get("w.o_proj.weight").T
+    np.testing.assert_allclose(flat, get("turn_out")[0], atol=2e-6)

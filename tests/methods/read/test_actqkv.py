@@ -101,6 +101,14 @@ def test_equals_numpy(t):
         assert [[{p for p in head if p >= 0} for head in row] for row in index.tolist()] == [both[0], none[1]]
 
 
+def test_a_text_within_the_budget_is_read_whole():
+    """Seven tokens, a budget of eight, in a long cache: all their blocks, whatever share the layer has; not those of 24 tokens."""
+    q, kv = toys.problem(6, live=(24, 7))
+    kv = kv._replace(k=kv.k * 40)  # shares that vanish in float32
+    _, index = read(ActQKV(budget=8, block=2, n_init=1, n_local=2), q[:, :, -1:], kv, share=[0, 0])
+    assert [[{p for p in head if p >= 0} for head in row] for row in index.tolist()] == [[{0, 11}] * 2, [{8, 9, 10, 11}] * 2]
+
+
 def test_the_probe():
     """Equal queries: their mean. One far from equal others: near it. Dead queries do not count. In numpy for random ones."""
     rng, method = np.random.default_rng(0), ActQKV()

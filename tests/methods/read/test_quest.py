@@ -137,7 +137,7 @@ def test_refuses():
 
 
 def test_official_outputs(data):
-    """mit-han-lab/Quest: bounds and read pages of each query head. Keys repeated to h heads, since the official code selects there."""
+    """mit-han-lab/Quest: bounds, pages that each query head reads, the layer's output. Keys repeated to h heads, since it selects there."""
     z = np.load(data / "golden" / "quest.npz")
     block, q = int(z["c3_page_size"]), z["c3_query"]
     keys = np.concatenate([z["c3_past_k"], z["c3_new_k"]], 2)
@@ -150,3 +150,16 @@ def test_official_outputs(data):
     assert [set(head) for head in got[0].tolist()] == want
     _, bound = reference(q, kv, block, 4, "max")
     np.testing.assert_allclose(bound[0][:, np.arange(n) // block], z["c3_token_bound"][0, :, 0], atol=1e-4)
+    # from the hidden row: its query, and the output of what is read
+    d, h = int(z["c3_head_dim"]), int(z["c3_num_heads"])
+    x = (z["c3_hidden"][0, -1].astype(np.float64) @ z["c3_w.q_proj.weight"].T).reshape(h, d)
+    angle = int(z["c3_position"]) * 1e4 ** (-np.arange(d // 2) / (d // 2))
+    lo, hi = x[:, : d // 2], x[:, d // 2 :]
+    turned = np.concatenate([lo * np.cos(angle) - hi * np.sin(angle), hi * np.cos(angle) + lo * np.sin(angle)], -1)
+    np.testing.assert_allclose(turned, q[0, :, 0], atol=1e-4)
+    new = (z["c3_hidden"][:, -1] @ z["c3_w.v_proj.weight"].T).reshape(1, -1, 1, d)
+    values = np.repeat(np.concatenate([z["c3_past_v"], new], 2), 2, 1)
+    kv = kv._replace(v=jnp.asarray(np.pad(values, ((0, 0), (0, 0), (0, keys.shape[2] - n), (0, 0)))))
+    slots = [[[page * block + r for page in head if page >= 0 for r in range(block)] for head in got[0].tolist()]]
+    flat = toys.attend_to(q[:, :, 0], kv, slots).reshape(-1) @ z["c3_w.o_proj.weight"].T
+    np.testing.assert_allclose(flat, z["c3_out"].reshape(-1), atol=1e-5)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxtok.core.recipe import Recipe
-from jaxtok.decode import generate, prefill_chunked, replay
-from jaxtok.methods import SentenceKV, SentenceKVCache, SnapKV
+from jaxtok.decode import generate, prefill, prefill_chunked, replay
+from jaxtok.methods import KVzip, SentenceKV, SentenceKVCache, SnapKV
 from jaxtok.methods.read.sentencekv import sentencekv
 from jaxtok.models import decoder
 from jaxtok.testing.world import CFG, LIVE, world
@@ -206,8 +206,42 @@ def test_through_the_model():
     for i in range(4):
         at = layers[0][0].reader.segment[i, 0]
         assert at[at >= -1].tolist() == number[i][number[i] >= 0].tolist()
-    with pytest.raises(ValueError, match="segments of the whole cache"):
-        decoder.prefill(CFG, params, tokens, alone, new=1, layers=layers)
+
+
+def test_turns():
+    """A second turn on the caches of a first that ended with a sentence is the text at once; and where the first was compressed, the sentences
+    of what is left are still those of the text. `decode.prefill` says what closes a sentence."""
+    params, ids, force = world()
+    text = jnp.where(jnp.concatenate([ids, force[:, :6]], 1) % 4 == 0, END, jnp.concatenate([ids, force[:, :6]], 1)).at[:, 11].set(END)
+    live = jnp.pad(jnp.asarray(LIVE), ((0, 0), (0, 6)), constant_values=True)
+    alone = Recipe(reader=SentenceKV(ends=(END,), budget=8, start_tokens=1, recent=2, sentences=12))
+    both = alone.replace(cache=SentenceKVCache(capacity=9, window=2))
+
+    @jax.jit
+    def run(text, live):
+        def twice(recipe):
+            _, layers = prefill(CFG, params, text[:, :12], live[:, :12], recipe, new=3)
+            more = decoder.embed(CFG, params, text[:, 12:], live[:, 12:], recipe.ends)
+            tokens, layers = decoder.prefill(CFG, params, more, recipe, new=6, layers=layers)
+            return tokens, layers
+
+        went = lambda tokens, layers: (layers, replay(CFG, params, tokens, layers, force[:, 6:12], alone)[0])
+        return went(*prefill(CFG, params, text, live, alone, new=6)), went(*twice(alone)), twice(both)[1]
+
+    once, turns, cut = run(text, live)
+    np.testing.assert_allclose(turns[1], once[1], atol=3e-5)
+    stop = np.asarray((text == END) & live)
+    number = np.cumsum(stop, 1) - stop
+    for layers in (once[0], turns[0], cut):
+        for (part,) in layers:
+            state, pos = part.reader, np.asarray(part.kv.pos)
+            at = np.maximum(pos + (18 - np.asarray(live).sum(1))[:, None, None], 0)
+            want = np.take_along_axis(np.repeat(number[:, None], 2, 1), at, 2)
+            np.testing.assert_array_equal(np.where(pos < 0, -2, want), np.where(pos < 0, -2, state.segment))
+            np.testing.assert_array_equal(state.open, number[:, -1] + 1)
+    with pytest.raises(ValueError, match="has not kept the segments of these caches, made without it or within its budget"):
+        wide = alone.replace(reader=SentenceKV(ends=(END,), budget=99, start_tokens=1, recent=2))
+        decoder.prefill(CFG, params, decoder.embed(CFG, params, ids), wide, new=1, layers=decoder.empty(CFG, params, 4, 20, wide))
 
 
 def test_refuses():
@@ -215,6 +249,12 @@ def test_refuses():
         SentenceKV(budget=60)
     with pytest.raises(ValueError, match="variant must be one of"):
         SentenceKV(variant="kvpress")
+    with pytest.raises(ValueError, match="closes no sentence; give the token ids that do"):
+        SentenceKV()
+    params, ids, _ = world()
+    recipe = Recipe(cache=KVzip(capacity=8, sinks=1), reader=SentenceKV(ends=(END,)))
+    with pytest.raises(ValueError, match=r"needs the segments of the prompt, which the prefill of kvzip does not keep"):
+        jax.eval_shape(lambda: prefill(CFG, params, ids, None, recipe, new=1))
     with pytest.raises(ValueError, match="threshold must be >= 0"):
         SentenceKV(threshold=-1)
 
