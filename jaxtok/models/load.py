@@ -1,19 +1,20 @@
 """Load and save checkpoints: Hugging Face directories and hub ids (safetensors), llama2.c `.bin` files. Nothing is ever unpickled."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtok.models import blocks, hf, llama2c, tensors
+from jaxtok.models import blocks, encoder, hf, hf_encoders, llama2c, tensors
 from jaxtok.models.blocks import Params
-from jaxtok.models.config import Config
+from jaxtok.models.config import Config, EncoderConfig
 from jaxtok.models.tensors import Path, Place, Progress
 from jaxtok.models.text import JsonTokenizer, ScoreTokenizer, Tokenizer
 
@@ -44,10 +45,7 @@ def load(
     ValueError, one line: no such checkpoint, a family or feature that is not supported, files that are cut off or no
     safetensors, pickles, and all missing, unexpected and misshaped tensors together.
     """
-    if dtype is not None:
-        dtype = jnp.dtype(dtype)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"dtype={dtype} is no floating type; choose float32, bfloat16 or float16")
+    dtype = _floating(dtype)
     place = _placer(sharding)
     where = find(path)
     if where.is_file():
@@ -59,6 +57,64 @@ def load(
         return _load_llama2c(bins[0], dtype, place, progress)
     found = f"{len(bins)} .bin files: {', '.join(p.name for p in bins)}" if bins else "neither"
     raise ValueError(f"{where} is no checkpoint: need config.json with safetensors, or one llama2.c .bin; found {found}")
+
+
+def load_encoder(
+    path: str | os.PathLike[str],
+    *,
+    tower: str = "vision",
+    dtype: Any = None,
+    sharding: Placement | Mapping[str, Placement] | None = None,
+    progress: Progress | None = None,
+) -> tuple[EncoderConfig, Params]:
+    """(cfg, params with layers as a tuple) of an encoder: ViT, DeiT, DINOv2 (and with registers), CLIP, SigLIP, for `models.vit`.
+
+    path: a Hugging Face directory or a hub id, as in `load`; of CLIP and SigLIP, and of larger models with such an encoder inside, one
+    `tower` is read, "vision" or "text". The head is what the checkpoint has: a classifier, CLIP's projection, SigLIP's pooling, or none
+    (a ViT's pooler is left out).
+    dtype, sharding, progress: as in `load`; dtype=None is that of the first embedding. ValueError, one line: as in `load`.
+    """
+    dtype, place = _floating(dtype), _placer(sharding)
+    where = find(path)
+    if not (where / "config.json").is_file():
+        raise ValueError(f"{where} is no encoder's checkpoint: need a directory with config.json and safetensors")
+    raw = tensors.read_json(where / "config.json")
+    try:
+        cfg = hf_encoders.config_from_hf(raw, tower)
+        inner = hf_encoders.tower_config(raw, tower)
+        with tensors.opened(where) as home:
+            cfg, prefix = hf_encoders.fit(cfg, home, inner)
+            table = hf_encoders.table(cfg, prefix)
+            tensors.check(where, cfg.family, table, home, lambda name: hf_encoders.ignorable(name, cfg, prefix, inner is not raw))
+            return cfg, tensors.read(table, home, cfg.layers, dtype, place, progress)
+    except ValueError as e:
+        raise ValueError(str(e) if str(where) in str(e) else f"{where}: {e}") from None
+
+
+class Pair(NamedTuple):
+    """Two towers and what turns the cosines of their outputs into logits: `vit.similarity`."""
+
+    vision: tuple[EncoderConfig, Params]
+    text: tuple[EncoderConfig, Params]
+    scale: jax.Array  # f32 [], log of the factor
+    bias: jax.Array  # f32 []
+
+
+def load_pair(path: str | os.PathLike[str], **options: Any) -> Pair:
+    """Both towers of a CLIP or SigLIP checkpoint; options as in `load_encoder`."""
+    towers = [load_encoder(path, tower=tower, **options) for tower in hf_encoders.TOWERS]
+    with tensors.opened(find(path)) as home:
+        scalar = lambda name: jnp.asarray(np.asarray(home[name].get_tensor(name), np.float32).reshape(-1)[:1].sum())
+        if "logit_scale" not in home:
+            raise ValueError(f"{path} holds no pair of towers: it has no logit_scale; load_encoder loads one tower")
+        return Pair(*towers, scalar("logit_scale"), scalar("logit_bias") if "logit_bias" in home else jnp.zeros(()))
+
+
+def _floating(dtype: Any) -> Any:
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype} is no floating type; choose float32, bfloat16 or float16")
+    return dtype
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -103,6 +159,8 @@ def _placer(sharding: Placement | Mapping[str, Placement] | None) -> Place:
 
 def _load_hf(folder: pathlib.Path, dtype: Any, place: Any, progress: Progress | None) -> tuple[Config, Params, Tokenizer | None]:
     raw = tensors.read_json(folder / "config.json")
+    if raw.get("model_type") in (*hf_encoders.FAMILIES, "clip", "siglip"):
+        raise ValueError(f"{folder} holds an encoder ({raw['model_type']}); models.load.load_encoder loads it")
     try:
         cfg = hf.config_from_hf(raw)
     except ValueError as e:
@@ -153,21 +211,29 @@ def _load_llama2c(path: pathlib.Path, dtype: Any, place: Any, progress: Progress
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-def save(path: str | os.PathLike[str], cfg: Config, params: Params, tokenizer: Tokenizer | None = None) -> None:
+def save(path: str | os.PathLike[str], cfg: Config | EncoderConfig, params: Params, tokenizer: Tokenizer | None = None) -> None:
     """Write a Hugging Face directory that `load` and transformers read: config.json, safetensors (in shards of 4 GiB), tokenizer.
 
     params: layers as a tuple or stacked. Existing files of that name are replaced; a directory with other weights in it is a ValueError.
     """
     folder = pathlib.Path(os.path.expanduser(path))
-    config = hf.config_to_hf(cfg)
     layers = params["layers"]
-    pick = lambda at: (layers[at[2]][at[1]] if isinstance(layers, dict) else layers[at[1]][at[2]]) if at[0] == "layers" else params[at[0]]
-    table = hf.table(cfg)
-    have, want = (_flat(tree) for tree in (jax.eval_shape(blocks.unstack, params), blocks.shapes(cfg)))
+
+    def pick(at: Path) -> Any:
+        if at[0] == "layers" and isinstance(layers, dict):
+            return layers[at[2]][at[1]]
+        return functools.reduce(lambda tree, key: tree[key], at, params)
+
+    if isinstance(cfg, EncoderConfig):
+        config, prefix = hf_encoders.config_to_hf(cfg)
+        table, shapes, first = hf_encoders.table(cfg, prefix), encoder.shapes(cfg), "embed" if cfg.image is None else "patch"
+    else:
+        config, table, shapes, first = hf.config_to_hf(cfg), hf.table(cfg), blocks.shapes(cfg), "embed"
+    have, want = (_flat(tree) for tree in (jax.eval_shape(blocks.unstack, params), shapes))
     wrong = [f"{k} is {have.get(k, 'missing')}, cfg says {want.get(k, 'none')}" for k in sorted(have | want) if have.get(k) != want.get(k)]
     if wrong:
         raise ValueError(f"params do not fit cfg: {'; '.join(wrong)}")
-    tensors.write(folder, config, table, pick, params["embed"].dtype)
+    tensors.write(folder, config, table, pick, params[first].dtype)
     if tokenizer is not None:
         tokenizer.save(folder)
 

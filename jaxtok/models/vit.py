@@ -41,21 +41,25 @@ class Encoded(NamedTuple):
 def embed(cfg: EncoderConfig, params, images: Float[Array, "b y x ch"]) -> Tokens:
     """Rows of a batch of normalised images of one size: class, distillation and register tokens (kind SPECIAL), then the patches by rows.
 
-    `cell` of a patch is its row and column. Positions learned for another size are resampled (bicubic, half-pixel centres). ValueError
-    unless both sides are multiples of the patch.
+    `cell` of a patch is its row and column; what is left over at the right and the bottom is not seen. Positions learned for another
+    size are resampled (bicubic, half-pixel centres). ValueError for another number of channels and for images smaller than a patch.
     """
     b, y, x, ch = images.shape
     (py, px), dtype = cfg.patch, params["patch"].dtype
-    if cfg.image is None or ch != cfg.channels or y % py or x % px or not y or not x:
-        raise ValueError(f"images are {[b, y, x, ch]} for patches of {cfg.patch} and {cfg.channels} channels; resize them to multiples")
+    if cfg.image is None or ch != cfg.channels or y < py or x < px:
+        raise ValueError(
+            f"images are {[b, y, x, ch]} for patches of {cfg.patch} and {cfg.channels} channels; give [batch height width channels]"
+        )
     rows, cols = y // py, x // px
-    cut = images.astype(dtype).reshape(b, rows, py, cols, px, ch).transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * cols, py * px * ch)
-    body = encoder.linear(params, "patch", cut)
+    cut = images[:, : rows * py, : cols * px].astype(dtype).reshape(b, rows, py, cols, px, ch)
+    body = encoder.linear(params, "patch", cut.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * cols, py * px * ch))
     positioned = cfg.cls + cfg.distilled
-    first, grid = params["pos"][:positioned], resize_grid(params["pos"][positioned:], cfg.grid, (rows, cols)).astype(dtype)
+    grid = resize_grid(params["pos"][positioned:], cfg.grid, (rows, cols), cfg.antialias)
     body = body + grid[None]
     if cfg.prefix:
-        lead = params["prefix"].at[:positioned].add(first)
+        rows_of = {"cls": cfg.cls, "dist": cfg.distilled, "registers": cfg.registers}
+        lead = jnp.concatenate([params[name].reshape(-1, cfg.width) for name, n in rows_of.items() if n])
+        lead = lead.at[:positioned].add(params["pos"][:positioned])
         body = jnp.concatenate([jnp.broadcast_to(lead[None], (b, *lead.shape)), body], 1)
     cell = np.concatenate([np.full((cfg.prefix, 2), -1), np.stack(np.mgrid[:rows, :cols], -1).reshape(-1, 2)]).astype(np.int32)
     kind = np.where(cell[:, 0] < 0, SPECIAL, IMAGE).astype(np.int8)
@@ -63,11 +67,18 @@ def embed(cfg: EncoderConfig, params, images: Float[Array, "b y x ch"]) -> Token
 
 
 def embed_text(cfg: EncoderConfig, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None) -> Tokens:
-    """Rows of a batch of token ids of a text tower; `live` marks the real ones, which stand left (None = all)."""
+    """Rows of a batch of token ids of a text tower; `live` marks the real ones, which stand left (None = all).
+
+    A row of ids ends with its first cfg.eos, as a tokenizer that pads with it means it; what stands behind is dead. SigLIP pads too, but
+    its padding counts: leave `live` out.
+    """
     b, n = ids.shape
     if cfg.vocab is None or n > cfg.context:
         raise ValueError(f"{n} token ids for a text tower of {cfg.context} positions and a vocabulary of {cfg.vocab}; cut them")
     live = jnp.ones((b, n), bool) if live is None else live
+    if cfg.eos is not None:
+        ends = ids == (cfg.eos if cfg.eos >= 0 else jnp.max(ids, -1, keepdims=True))
+        live = live & (jnp.cumsum(ends, -1) <= ends.astype(jnp.int32))
     x = params["embed"][ids] + params["pos"][None, :n]
     return _stem(cfg, params, _tokens(x, live, np.full((n,), TEXT, np.int8), np.full((n, 2), -1, np.int32)))
 
@@ -258,8 +269,8 @@ def head(cfg: EncoderConfig, params, tokens: Tokens) -> Float[Array, "b out"]:
         pooled = mean.astype(x.dtype)
     elif cfg.pool == "cls_mean":
         pooled = jnp.concatenate([take(x, first), mean.astype(x.dtype)], -1)
-    elif cfg.pool in ("eos", "last"):
-        pooled = x[:, -1] if cfg.pool == "last" else take(x, jnp.argmax(tokens.pos, -1)[:, None])
+    elif cfg.pool == "eos":
+        pooled = take(x, jnp.argmax(tokens.pos, -1)[:, None])
     else:
         pooled = take(x, first)
     pooled = encoder.norm(cfg, params, "norm", pooled) if cfg.norm_mean and cfg.final_norm else pooled
@@ -279,3 +290,11 @@ def _probe(cfg: EncoderConfig, p, x: Array, tokens: Tokens) -> Array:
 def forward(cfg: EncoderConfig, params, images: Float[Array, "b y x ch"], recipe: Recipe = PLAIN, **options: Any) -> Float[Array, "b out"]:
     """`head` of `encode` of `embed`; options as `encode`."""
     return head(cfg, params, encode(cfg, params, embed(cfg, params, images), recipe, **options).tokens)
+
+
+def similarity(
+    image: Float[Array, "i c"], text: Float[Array, "t c"], scale: Float[Array, ""], bias: Float[Array, ""]
+) -> Float[Array, "i t"]:
+    """exp(scale) cos(image, text) + bias: CLIP's and SigLIP's logits of images for texts, from what `head` makes of both."""
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return jnp.exp(scale) * unit(image) @ unit(text).T + bias
