@@ -100,10 +100,9 @@ def _pair(r: Fields, key: str) -> tuple[int, int]:
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
-_NORMS = {"norm": "layernorm.weight"}
 _VIT = {
     "cls": "embeddings.cls_token", "dist": "embeddings.distillation_token", "registers": "embeddings.register_tokens",
-    "pos": "embeddings.position_embeddings", "patch": "embeddings.patch_embeddings.projection.weight", **_NORMS,
+    "pos": "embeddings.position_embeddings", "patch": "embeddings.patch_embeddings.projection.weight", "norm": "layernorm.weight",
     "layer": "encoder.layer", "norm1": "layernorm_before.weight", "norm2": "layernorm_after.weight",
     "q": "attention.attention.query.weight", "k": "attention.attention.key.weight", "v": "attention.attention.value.weight",
     "o": "attention.output.dense.weight", "up": "intermediate.dense.weight", "down": "output.dense.weight",
@@ -123,6 +122,9 @@ _MAP = {
     "probe": "head.probe", **dict.fromkeys("qkv", "head.attention.in_proj_weight"), "o": "head.attention.out_proj.weight",
     "norm": "head.layernorm.weight", "up": "head.mlp.fc1.weight", "down": "head.mlp.fc2.weight",
 }  # fmt: skip
+
+
+_ORDER = {"gate": 0, "q": 0, "up": 1, "k": 1, "v": 2}  # in a tensor that holds several
 
 
 def _names(cfg: EncoderConfig) -> dict[str, str]:
@@ -176,13 +178,9 @@ def table(cfg: EncoderConfig, prefix: str = "") -> Table:
     classifies = not (cfg.family.startswith("clip") and cfg.pool != "mean")
     heads["head"] = heads["cls_head"] if cfg.pool == "cls_dist" else heads["head"] if classifies else heads["projection"]
     out: Table = {}
-    leaves, _ = jax.tree_util.tree_flatten_with_path(encoder.shapes(cfg), is_leaf=blocks.is_shape)
-    paths = {tuple(getattr(k, "key", getattr(k, "idx", None)) for k in path): shape for path, shape in leaves}
-    first = "patch" if cfg.image is not None else "embed"
-    order = {"gate": 0, "q": 0, "up": 1, "k": 1, "v": 2}  # in a tensor that holds several
-    weight = lambda path: str(path[-1]).removesuffix("_bias")
-    for path in sorted(paths, key=lambda p: (p[0] != first, order.get(weight(p), 0))):
-        name = weight(path)
+    lead = not cfg.family.endswith("_model")
+    for path, shape in paths(cfg).items():
+        name = _weight(path)
         full = (
             prefix + _MAP[name] if path[0] == "map"
             else f"{prefix}{names['layer']}.{path[1]}.{names[name]}" if path[0] == "layers"
@@ -190,15 +188,29 @@ def table(cfg: EncoderConfig, prefix: str = "") -> Table:
         )  # fmt: skip
         if name != path[-1]:
             full = full[: -len("weight")] + "bias"
-        out.setdefault(full, []).append(_piece(cfg, path, paths[path]))  # type: ignore[arg-type]
+        out.setdefault(full, []).append(stored(cfg, path, shape, lead))
     return out
 
 
-def _piece(cfg: EncoderConfig, path: Path, shape: tuple[int, ...]) -> Piece:
+def paths(cfg: EncoderConfig) -> dict[Path, tuple[int, ...]]:
+    """Path -> shape of every parameter: the embedding first, and in the order in which tensors that hold several of them do."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(encoder.shapes(cfg), is_leaf=blocks.is_shape)
+    shapes: dict[Path, tuple[int, ...]] = {tuple(getattr(k, "key", getattr(k, "idx", 0)) for k in path): shape for path, shape in leaves}
+    rank = lambda path: (path[0] != ("patch" if cfg.image is not None else "embed"), _ORDER.get(_weight(path), 0))
+    return {path: shapes[path] for path in sorted(shapes, key=rank)}
+
+
+def _weight(path: Path) -> str:
+    return str(path[-1]).removesuffix("_bias")
+
+
+def stored(cfg: EncoderConfig, path: Path, shape: tuple[int, ...], lead: bool, flat: bool = False) -> Piece:
+    """How torch stores a parameter: the patch's as a convolution (`flat`: as a matrix), the tokens' and positions' with axes of size 1
+    before them where `lead`, matrices [out, in]."""
     name = path[-1]
-    if name == "patch":
+    if name == "patch" and not flat:
         return piece(path, shape, (cfg.width, cfg.channels, *cfg.patch), (2, 3, 1, 0))
-    if name == "probe" or (name in ("cls", "dist", "registers", "pos") and not cfg.family.endswith("_model")):
+    if name == "probe" or (lead and name in ("cls", "dist", "registers", "pos")):
         return piece(path, shape, (1,) * (3 - len(shape)) + shape)
     return matrix(path, shape) if len(shape) == 2 and name not in ("embed", "pos") else piece(path, shape)
 

@@ -85,7 +85,11 @@ def load_encoder(
         with tensors.opened(where) as home:
             cfg, prefix = hf_encoders.fit(cfg, home, inner)
             table = hf_encoders.table(cfg, prefix)
-            tensors.check(where, cfg.family, table, home, lambda name: hf_encoders.ignorable(name, cfg, prefix, inner is not raw))
+            what, unread = (
+                f"a {cfg.family} model of its config.json",
+                lambda name: hf_encoders.ignorable(name, cfg, prefix, inner is not raw),
+            )
+            tensors.check(where, what, table, home, unread)
             return cfg, tensors.read(table, home, cfg.layers, dtype, place, progress)
     except ValueError as e:
         raise ValueError(str(e) if str(where) in str(e) else f"{where}: {e}") from None
@@ -173,7 +177,7 @@ def _load_hf(folder: pathlib.Path, dtype: Any, place: Any, progress: Progress | 
             cfg = dataclasses.replace(cfg, eos=tuple(ids))
     table = hf.table(cfg)
     with tensors.opened(folder) as home:
-        tensors.check(folder, cfg.family, table, home, lambda name: hf.ignorable(name, cfg))
+        tensors.check(folder, f"a {cfg.family} model of its config.json", table, home, lambda name: hf.ignorable(name, cfg))
         params = tensors.read(table, home, cfg.layers, dtype, place, progress)
     return cfg, params, _hf_tokenizer(folder, cfg)
 

@@ -116,7 +116,7 @@ def opened(folder: pathlib.Path) -> Iterator[Home]:
         yield {name: f for f in files for name in f.keys()}
 
 
-def check(folder: pathlib.Path, family: str, table: Table, home: Home, ignorable: Callable[[str], bool]) -> None:
+def check(where: pathlib.Path, what: str, table: Table, home: Home, ignorable: Callable[[str], bool]) -> None:
     """ValueError that lists every tensor that is missing, unexpected, misshaped or of a wrong type."""
     wrong = []
     for name, parts in table.items():
@@ -132,7 +132,7 @@ def check(folder: pathlib.Path, family: str, table: Table, home: Home, ignorable
     some = lambda names: ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
     said = [f"{what}: {some(names)}" for what, names in (("missing", missing), ("unexpected", extra), ("misshaped", wrong)) if names]
     if said:
-        raise ValueError(f"{folder}: the tensors do not fit a {family} model of its config.json; {'; '.join(said)}")
+        raise ValueError(f"{where}: the tensors do not fit {what}; {'; '.join(said)}")
 
 
 def read(table: Table, home: Home, layers: int, dtype: Any, place: Place, progress: Progress | None) -> dict[str, Any]:
