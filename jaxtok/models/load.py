@@ -21,7 +21,15 @@ from jaxtok.models.text import JsonTokenizer, ScoreTokenizer, Tokenizer
 Placement = jax.sharding.Sharding | jax.sharding.PartitionSpec
 
 _CHAT_FILES = ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"]
-_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", *_CHAT_FILES]
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "*processor_config.json",
+    *_CHAT_FILES,
+]
 EMBEDDED, DRAFT = "embedded", "embedded_draft"  # the models of the package
 
 
