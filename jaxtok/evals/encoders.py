@@ -123,7 +123,7 @@ def vit_cifar10(data: pathlib.Path) -> Task:
     """1,000 test pictures, 64 patches: 68.6%. data: the folder that holds vit_cifar10_preln and cifar10_test."""
     params = encoder(data / "vit_cifar10_preln" / "best_vit_cifar10.npz", CIFAR10, _CIFAR10)
     test, known = arrays(data / "cifar10_test" / "cifar10_test_1000.npz"), arrays(data / "vit_cifar10_preln" / "ref_logits_preln.npz")
-    mean, std = np.float32((0.4914, 0.4822, 0.4465)), np.float32((0.2470, 0.2435, 0.2616))
+    mean, std = (np.asarray(x, np.float32) for x in ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)))
     logits = known["logits"]
     return Task(
         CIFAR10, params, (test["image"] / np.float32(255) - mean) / std, test["label"], logits, 10 * np.arange(len(logits)), known["pred"]

@@ -78,9 +78,10 @@ def config_from_hf(raw: dict[str, Any], tower: str = "vision") -> EncoderConfig:
         dino, siglip, clip = family.startswith("dinov2"), family.startswith("siglip"), family.startswith("clip")
         hidden = int(width * r.size("mlp_ratio")) if dino else r.size("intermediate_size")
         gated = dino and r.get("use_swiglu_ffn", (bool,))
+        common["act"] = "silu" if gated else common["act"]
         registers = r.size("num_register_tokens") if family == "dinov2_with_registers" else 0
         return EncoderConfig(
-            **common | ({"act": "silu"} if gated else {}), hidden=(int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden,
+            **common, hidden=(int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden,
             image=_pair(r, "image_size"), patch=_pair(r, "patch_size"), channels=r.size("num_channels"), antialias=registers > 0,
             cls=not siglip, distilled=family == "deit", registers=registers, gated=gated, stem_norm=clip, layer_scale=dino,
             qkv_bias=r.get("qkv_bias", (bool,)), patch_bias=not clip,

@@ -129,7 +129,7 @@ class Processor:
             if self.longest is not None and long / short * out > self.longest:
                 exact = self.longest * short / long
                 new = (max(1, round(exact)), int(exact * long / short))
-            out = new if height <= width else new[::-1]
+            out = new if height <= width else (new[1], new[0])
         if out[0] * out[1] > MOST_PIXELS:
             raise ValueError(f"a picture of {height} by {width} would become {out[0]} by {out[1]}; crop it first")
         return out
@@ -179,11 +179,11 @@ def centre(x: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _size(r: Fields, key: str, square: bool) -> tuple[tuple[int, int] | int | None, int | None]:
     """(height and width, or the shorter side; most of the longer side)."""
-    value = r.get(key, (int, dict, list))
+    value: Any = r.get(key, (int, dict, list))
     if isinstance(value, int):
         value = {"height": value, "width": value} if square else {"shortest_edge": value}
     if isinstance(value, list):
-        value = dict(zip(("height", "width"), value, strict=False)) if len(value) == 2 else {}
+        value = {"height": value[0], "width": value[1]} if len(value) == 2 else {}
     whole = lambda name: type(value.get(name)) is int
     if whole("shortest_edge"):
         return value["shortest_edge"], value["longest_edge"] if whole("longest_edge") else None

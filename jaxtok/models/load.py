@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -114,12 +114,12 @@ class Pair(NamedTuple):
 
 def load_pair(path: str | os.PathLike[str], **options: Any) -> Pair:
     """Both towers of a CLIP or SigLIP checkpoint; options as in `load_encoder`."""
-    towers = [load_encoder(path, tower=tower, **options) for tower in hf_encoders.TOWERS]
+    vision, text = (load_encoder(path, tower=tower, **options) for tower in hf_encoders.TOWERS)
     with tensors.opened(find(path)) as home:
         scalar = lambda name: jnp.asarray(np.asarray(home[name].get_tensor(name), np.float32).reshape(-1)[:1].sum())
         if "logit_scale" not in home:
             raise ValueError(f"{path} holds no pair of towers: it has no logit_scale; load_encoder loads one tower")
-        return Pair(*towers, scalar("logit_scale"), scalar("logit_bias") if "logit_bias" in home else jnp.zeros(()))
+        return Pair(vision, text, scalar("logit_scale"), scalar("logit_bias") if "logit_bias" in home else jnp.zeros(()))
 
 
 def _floating(dtype: Any) -> Any:
@@ -234,7 +234,7 @@ def save(path: str | os.PathLike[str], cfg: Config | EncoderConfig, params: Para
     def pick(at: Path) -> Any:
         if at[0] == "layers" and isinstance(layers, dict):
             return layers[at[2]][at[1]]
-        return functools.reduce(lambda tree, key: tree[key], at, params)
+        return functools.reduce(lambda tree, key: tree[key], at, cast(Any, params))
 
     if isinstance(cfg, EncoderConfig):
         config, prefix = hf_encoders.config_to_hf(cfg)

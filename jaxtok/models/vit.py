@@ -61,7 +61,7 @@ def embed(cfg: EncoderConfig, params, images: Float[Array, "b y x ch"]) -> Token
         lead = jnp.concatenate([params[name].reshape(-1, cfg.width) for name, n in rows_of.items() if n])
         lead = lead.at[:positioned].add(params["pos"][:positioned])
         body = jnp.concatenate([jnp.broadcast_to(lead[None], (b, *lead.shape)), body], 1)
-    cell = np.concatenate([np.full((cfg.prefix, 2), -1), np.stack(np.mgrid[:rows, :cols], -1).reshape(-1, 2)]).astype(np.int32)
+    cell = np.concatenate([np.full((cfg.prefix, 2), -1), np.indices((rows, cols)).reshape(2, -1).T]).astype(np.int32)
     kind = np.where(cell[:, 0] < 0, SPECIAL, IMAGE).astype(np.int8)
     return _stem(cfg, params, _tokens(body, jnp.ones(body.shape[:2], bool), kind, cell))
 
