@@ -138,9 +138,12 @@ class _Run:
         self._carry(plan)
         return plan
 
-    def _carry(self, plan) -> None:
-        index = representative(plan)
+    def _lift(self, index) -> None:
+        """States of the rows `index`; 0 for -1."""
         self.states = {m: Held(jax.tree.map(lambda x: gather(x, index), s.slots), s.rest) for m, s in self.states.items()}
+
+    def _carry(self, plan) -> None:
+        self._lift(representative(plan))
         self.kept = {i: move(plan, e) for i, e in self.kept.items()}
         self.evidence = move(plan, self.evidence)
 
@@ -152,11 +155,12 @@ class _Run:
 
     def undo(self, i: int) -> None:
         """What ends before layer i, the last begun first."""
-        while self.open and self.open[-1][0] == i:
+        while self.open and self.open[-1][0] <= i:
             _, index, method, own, before = self.open.pop()
             state = self.states[self.recipe.vit[index][1]]
             now = before._replace(source=self.tokens.source)  # row of `before` -> row now
             self.tokens = before._replace(x=method.undo(own, state, self.tokens, now), lost=self.tokens.lost)
+            self._lift(now.source)
 
     def layer(self, i: int, p, places: dict[str, list[int]], after: Needs) -> None:
         cfg, opts = self.cfg, (self.proportional, self.key, self.impl)
@@ -226,7 +230,7 @@ def encode(
         run.layer(i, params["layers"][i], where, after)
         if i in wanted:
             run.kept[i] = run.evidence
-    run.undo(until)
+    run.undo(cfg.layers)
     if asked.own:
         if until == cfg.layers:
             raise ValueError(f"{recipe.select.name} asks for evidence of the layer behind the last; run fewer layers: until={until - 1}")  # type: ignore[union-attr]
