@@ -226,10 +226,10 @@ def observe(
     if (needs.asked or needs.asked_peak or needs.looked) and tokens is not None:
         image = (tokens.kind != TEXT) & (tokens.kind != SPECIAL) & (tokens.pos >= 0)
         behind = tokens.pos > jnp.max(jnp.where(image, tokens.pos, -1), -1, keepdims=True)
-        text = see | {"q_pos": jnp.where((tokens.kind == TEXT) & behind, see["q_pos"], -1)}
+        text: dict[str, Any] = see | {"q_pos": jnp.where((tokens.kind == TEXT) & behind, see["q_pos"], -1)}
         out["asked"] = received(q, k, lse, diagonal=diagonal, **text) if needs.asked else None
         out["asked_peak"] = peak(q, k, lse, diagonal=diagonal, **text) if needs.asked_peak else None
-        pictured = see | {"q_pos": jnp.where(image, see["q_pos"], -1)}
+        pictured: dict[str, Any] = see | {"q_pos": jnp.where(image, see["q_pos"], -1)}
         out["looked"] = received(q, k, lse, diagonal=diagonal, **pictured) if needs.looked else None
     return out
 

@@ -50,7 +50,7 @@ def world(site: str, dtype="float32"):
 
 
 def recipe_of(method: Reducer) -> Recipe:
-    return Recipe(select=method) if method.site == "select" else Recipe(**{method.site: ((AT, method),)})
+    return Recipe(select=method) if method.site == "select" else Recipe(**{method.site: ((AT, method),)})  # type: ignore[arg-type]
 
 
 def cfg_of(site: str):
