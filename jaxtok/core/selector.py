@@ -84,15 +84,15 @@ class Selector(Reducer):
             return choose(score, free, room, most=self.capacity)
         return choose_groups(score, self.group(tokens), free, evenly(room, self.crops, free.shape[1]))
 
-    def order(self, tokens: Tokens, evidence: Evidence) -> Int[Array, "b n"] | None:
-        """Ranks >= 0 in which image rows stand behind the others; None = raster."""
+    def order(self, tokens: Tokens, evidence: Evidence, mask: Bool[Array, "b n"]) -> Int[Array, "b n"] | None:
+        """Ranks >= 0 in which the image rows of `mask` stand behind the others; None = raster."""
         return None
 
     def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[tuple, Plan]:
         free = pictured(tokens)
         mask = self.stay(params, tokens, evidence, free, self.room(tokens, keep)) & free
         fixed = (tokens.pos >= 0) & ~free
-        n, rank = free.shape[1], self.order(tokens, evidence)
+        n, rank = free.shape[1], self.order(tokens, evidence, mask)
         if rank is None:
             return state, pack(mask | fixed, self.count(n, n), jnp.where(fixed, jnp.inf, 0.0))
         row = jnp.arange(n, dtype=jnp.int32)[None]

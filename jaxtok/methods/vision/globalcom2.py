@@ -131,7 +131,7 @@ class GlobalCom2(Selector):
         over = pick(first, first) * (1 - fx) + pick(first, then) * fx
         return over * (1 - fy) + (pick(then, first) * (1 - fx) + pick(then, then) * fx) * fy
 
-    def order(self, tokens: Tokens, evidence: Evidence):
+    def order(self, tokens: Tokens, evidence: Evidence, mask):
         if self.rank == "raster":
             return None
         row = jnp.arange(tokens.pos.shape[1], dtype=jnp.int32)[None]

@@ -34,7 +34,8 @@ class HoloV(Selector):
     Called "crops" in the paper, but the stretches are one-dimensional: 36 rows of a 24 x 24 image are one and a half grid rows. A run of
     one row has z = a. Where runs are shorter than their k, fewer than K rows stay (the code fills up with zero rows that the model
     reads; here they are empty). rank: "raster", or "official": run by run, each by falling a unless it is kept whole (LLaVA; the code
-    for Qwen passes its fillers on as an index, a bug that is not copied). runs=1: FasterVLM's rows. Newlines stay where there are any
+    for Qwen passes its fillers on as an index, a bug that is not copied). runs=1: FasterVLM's rows. K >= n: all
+    rows stay (ours). Newlines stay where there are any
     (the code drops them). Rows are compared as a projector made them. Ties: the older row.
     """
 
@@ -87,9 +88,10 @@ class HoloV(Selector):
         k = jnp.floor(jnp.clip(w, 0.0, 1.0) * room[:, None].astype(jnp.float32)).astype(jnp.int32)
         spare = jnp.clip(room - jnp.sum(k, -1), 0, self.runs)
         k = k + choose(w, size > 0, spare).astype(jnp.int32)
-        return choose_groups(a, run, free, k)
+        everything = room >= jnp.sum(free, -1, dtype=jnp.int32)
+        return choose_groups(a, run, free, jnp.where(everything[:, None], size, k))
 
-    def order(self, tokens: Tokens, evidence: Evidence):
+    def order(self, tokens: Tokens, evidence: Evidence, mask):
         if self.rank == "raster":
             return None
         free = (tokens.pos >= 0) & (tokens.kind != TEXT) & (tokens.kind != SPECIAL)
@@ -97,7 +99,6 @@ class HoloV(Selector):
         n = free.shape[1]
         a = self.score({}, tokens, evidence)
         falling = group_ranks(a, run, free)
-        mask = self.stay({}, tokens, evidence, free, jnp.full((free.shape[0],), self.capacity, jnp.int32))
         taken = segment_sum(mask.astype(jnp.float32), run, self.runs).astype(jnp.int32)
         whole = jnp.take_along_axis(taken >= size, jnp.maximum(run, 0), 1)
         row = group_ranks(jnp.broadcast_to(-jnp.arange(n, dtype=jnp.float32)[None], free.shape), run, free)
