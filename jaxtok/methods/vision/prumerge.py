@@ -9,6 +9,7 @@ from jaxtok.core import check
 from jaxtok.core.matching import cosine
 from jaxtok.core.reduce import gather
 from jaxtok.core.registry import register
+from jaxtok.core.score import softmax
 from jaxtok.core.select import choose
 from jaxtok.core.selector import Selector, pictured
 from jaxtok.core.types import DensePlan, Evidence, Needs, Tokens
@@ -61,7 +62,7 @@ class PruMerge(Selector):
         """f32 [b n] over all live rows."""
         q, k = (jnp.clip(x.astype(jnp.float32), -1e15, 1e15) for x in (evidence.lead, evidence.keys))
         logits = jnp.einsum("bhd,bhnd->bn", q, k) / (q.shape[1] * q.shape[2]) ** 0.5
-        return jax.nn.softmax(jnp.where(tokens.pos >= 0, jnp.clip(logits, -1e30, 1e30), -jnp.inf), -1, where=tokens.pos >= 0, initial=-1e30)
+        return softmax(logits, tokens.pos >= 0)
 
     def outliers(self, a, free):
         """i32 [b]: how many rows lie above the upper fence."""
