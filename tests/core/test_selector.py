@@ -73,4 +73,4 @@ def test_bad_fields():
         with pytest.raises(ValueError):
             Largest(**bad)
     with pytest.raises(NotImplementedError, match="score"):
-        Selector(capacity=2).score({}, None, None)
+        Selector(capacity=2).score({}, images(np.zeros((1, 2, 1))), Evidence())

@@ -1,9 +1,11 @@
 """VFlowOpt's encoder stage against its formulas, the official outputs and its limits."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.core.reduce import reduce
 from jaxtok.core.types import IMAGE, SPECIAL, Evidence
 from jaxtok.methods import VFlowOptSelect
 from jaxtok.methods.vision.vflowopt import official_top
@@ -41,8 +43,7 @@ def reference(x, score, top, m, cell, part):
     return np.array([out[j] for j in sorted(out)]), sorted(out)
 
 
-@pytest.mark.parametrize("m", [2.5, 2.0])
-@pytest.mark.parametrize("t", [0.0, 1.1])
+@pytest.mark.parametrize("m, t", [(2.5, 1.1), (2.0, 0.0)])
 def test_reference(m, t):
     rng = np.random.default_rng(int(10 * m + t))
     cell, part = np.tile(grid(4, 4), (3, 1)), np.repeat([0, 1, 2], 16)
@@ -105,9 +106,8 @@ def test_official_recycling(data, monkeypatch):
             capacity=top - int(newline.sum()) + high * wide + far * away, special=method.special, m=m, shape=shape, grid=(1, 1)
         )
         monkeypatch.setattr(VFlowOptSelect, "score", lambda self, params, tokens, evidence, score=score: jnp.asarray(score[None]))
-        _, plan = method.plan({}, (), tokens, Evidence())
-        assert np.flatnonzero(np.isin(np.arange(n), np.asarray(plan.index[0]))).tolist() == np.flatnonzero(case["kept_mask"]).tolist()
-        from jaxtok.core.reduce import reduce
-
-        out = np.asarray(reduce(plan, tokens).x[0])[np.asarray(plan.index[0]) >= 0]
-        np.testing.assert_allclose(out, case["out_features"], atol=1e-5)
+        run = jax.jit(lambda tokens, method=method: (plan := method.plan({}, (), tokens, Evidence())[1], reduce(plan, tokens).x))
+        plan, out = run(tokens)
+        index = np.asarray(plan.index[0])
+        assert index[index >= 0].tolist() == np.flatnonzero(case["kept_mask"]).tolist()
+        np.testing.assert_allclose(out[0][index >= 0], case["out_features"], atol=1e-5)
