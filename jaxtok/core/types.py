@@ -113,7 +113,7 @@ class Evidence(NamedTuple):
     turned: jax.Array | None = None  # [b h w d] the last w queries, after the rotary embedding; 0 where dead
     values: jax.Array | None = None  # [b g n d] values
     probs: jax.Array | None = None  # f32 [b h n n] the whole attention matrix: short sequences only
-    lead: jax.Array | None = None  # [b h d] the first live row's query, before the rotary embedding
+    lead: jax.Array | None = None  # [b h d] the first live row's query, before the rotary embedding; of p crops side by side [b h p d]
     asked: jax.Array | None = None  # f32 [b h n] like `received`, from the live TEXT rows behind the last image row only
     asked_peak: jax.Array | None = None  # f32 [b h n] the largest of it
     looked: jax.Array | None = None  # f32 [b h n] like `received`, from rows that are neither TEXT nor SPECIAL

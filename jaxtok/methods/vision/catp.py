@@ -45,7 +45,7 @@ class CATPSelect(Selector):
         return Needs(text=True)
 
     def stay(self, params, tokens: Tokens, evidence: Evidence, free, room):
-        x, text = jax.lax.stop_gradient((tokens.x, evidence.text))
+        x, text = jax.lax.stop_gradient((tokens.x, check.given("text", evidence.text)))
         like = (1 + cosine(x, x)) / 2
         fits = (1 + jnp.sum(unit(x) * unit(text)[:, None], -1)) / 2
         return first_picks(facility(like, free, self.capacity, self.weight * fits), room, free.shape[1])

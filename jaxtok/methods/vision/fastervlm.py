@@ -4,6 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from jaxtok.core import check
 from jaxtok.core.registry import register
 from jaxtok.core.selector import Selector
 from jaxtok.core.types import Evidence, Needs, Tokens
@@ -33,4 +34,4 @@ class FasterVLM(Selector):
         return Needs(cls=True)
 
     def score(self, params, tokens: Tokens, evidence: Evidence):
-        return jnp.mean(evidence.cls.astype(jnp.float32), 1)
+        return jnp.mean(check.given("cls", evidence.cls).astype(jnp.float32), 1)

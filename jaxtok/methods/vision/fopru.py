@@ -52,7 +52,7 @@ class FoPru(Selector):
 
     def score(self, params, tokens: Tokens, evidence: Evidence):
         free = (tokens.pos >= 0) & (tokens.kind != TEXT) & (tokens.kind != SPECIAL)
-        m = jnp.mean(evidence.probs.astype(jnp.float32), 1)
+        m = jnp.mean(check.given("probs", evidence.probs).astype(jnp.float32), 1)
         m = jnp.where(free[:, :, None] & free[:, None, :], m, 0.0)
         n = jnp.maximum(jnp.sum(free, -1, keepdims=True), 1).astype(jnp.float32)
         received, given = jnp.sum(m, 1) / n, jnp.sum(m, 2) / n

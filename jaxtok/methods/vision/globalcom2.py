@@ -35,7 +35,8 @@ class GlobalCom2(Selector):
     grid) cells of the thumbnail's side, the last takes the rest. The thumbnail stands by falling score (rank="official") or in raster
     order (rank="raster"); crops in raster order, newlines stay. Padding rows are dead, and the joined rows are those that live; the
     official code writes indices of the un-padded list to the padded grid, a bug that is not copied. grid=None: one image, its floor(R n)
-    best rows. Equal g everywhere: r_p = R. R=1: the identity up to the thumbnail's order. Where the floors leave more than `capacity` (crops of unequal size) the
+    best rows. Equal g everywhere: r_p = R. R=1: the identity up to the thumbnail's
+    order (ours: the formula lets crops below the mean go under 1). Where the floors leave more than `capacity` (crops of unequal size) the
     last crops give way. Needs `cell`; evidence of joined crops has `lead` [b h crops d].
     """
 
@@ -70,7 +71,7 @@ class GlobalCom2(Selector):
 
     def logits(self, tokens: Tokens, evidence: Evidence):
         """g [b n]."""
-        lead, keys = evidence.lead.astype(jnp.float32), evidence.keys.astype(jnp.float32)
+        lead, keys = check.given("lead", evidence.lead).astype(jnp.float32), check.given("keys", evidence.keys).astype(jnp.float32)
         g, d = keys.shape[1], keys.shape[3]
         if lead.ndim == 3:
             lead = lead[:, :, None]
@@ -112,7 +113,7 @@ class GlobalCom2(Selector):
         unit = lambda x: x / jnp.maximum(jnp.take_along_axis(length(x), group, 1), 1e-12)
         score = jnp.where(thumb, own, unit(own) + unit(wide))
         each = jnp.concatenate([r[:, None], self.ratios(table.reshape(-1, self.side, self.side), r)], 1)
-        k = floor(size.astype(jnp.float32) * each)
+        k = jnp.where(r[:, None] >= 1, size, floor(size.astype(jnp.float32) * each))
         before = jnp.cumsum(k, -1) - k
         return choose_groups(score, group, free, jnp.clip(room[:, None] - before, 0, k))
 

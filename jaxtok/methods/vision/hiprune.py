@@ -83,7 +83,7 @@ class HiPrune(Selector):
     def stay(self, params, tokens: Tokens, evidence: Evidence, free, room):
         queries = jnp.maximum(jnp.sum(tokens.pos >= 0, -1), 1).astype(jnp.float32)[None, :, None]
         scale = 1.0 if self.variant == "qwen" else 1.0 / queries
-        middle, deep = jax.lax.stop_gradient(jnp.mean(evidence.received.astype(jnp.float32), 2) * scale)
+        middle, deep = jax.lax.stop_gradient(jnp.mean(check.given("received", evidence.received).astype(jnp.float32), 2) * scale)
         group = self.group(tokens)
         k = jnp.broadcast_to(jnp.minimum(room // self.crops, free.shape[1])[:, None], (free.shape[0], self.crops))
         share = Fraction(str(self.alpha)).limit_denominator(1000) / 5

@@ -74,7 +74,7 @@ class HiRED(Selector):
         return Needs(cls=True, layers=self.layers)
 
     def score(self, params, tokens: Tokens, evidence: Evidence):
-        return jnp.sum(evidence.cls[1].astype(jnp.float32), 1)
+        return jnp.sum(check.given("cls", evidence.cls)[1].astype(jnp.float32), 1)
 
     def place(self, tokens: Tokens, thumb, rank):
         """Crop 0, 1, ... (raster) whose part of the picture each thumbnail row is in."""
@@ -96,7 +96,7 @@ class HiRED(Selector):
         rest = jnp.minimum(room - thumbnail, rest)
         thumb = free & (group == 0)
         raster = jnp.cumsum(thumb, -1, dtype=jnp.int32) - 1
-        first = jnp.sum(evidence.cls[0].astype(jnp.float32), 1)
+        first = jnp.sum(check.given("cls", evidence.cls)[0].astype(jnp.float32), 1)
         early = Fraction(1) - Fraction(str(self.alpha)).limit_denominator(10_000)
         marked = group_ranks(first, group, thumb) < ((n * early.numerator) // early.denominator)[:, None]
         at = jnp.where(marked & thumb, self.place(tokens, thumb, raster), -1)

@@ -54,7 +54,7 @@ class HoloV(Selector):
         return Needs(cls=True)
 
     def score(self, params, tokens: Tokens, evidence: Evidence):
-        return jax.lax.stop_gradient(jnp.mean(evidence.cls.astype(jnp.float32), 1))
+        return jax.lax.stop_gradient(jnp.mean(check.given("cls", evidence.cls).astype(jnp.float32), 1))
 
     def run(self, free):
         """(run of each row, rows of each run)."""

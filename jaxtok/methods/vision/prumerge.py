@@ -60,7 +60,9 @@ class PruMerge(Selector):
 
     def attention(self, tokens: Tokens, evidence: Evidence):
         """f32 [b n] over all live rows."""
-        q, k = (jnp.clip(x.astype(jnp.float32), -1e15, 1e15) for x in (evidence.lead, evidence.keys))
+        q, k = (
+            jnp.clip(x.astype(jnp.float32), -1e15, 1e15) for x in (check.given("lead", evidence.lead), check.given("keys", evidence.keys))
+        )
         logits = jnp.einsum("bhd,bhnd->bn", q, k) / (q.shape[1] * q.shape[2]) ** 0.5
         return softmax(logits, tokens.pos >= 0)
 
@@ -92,7 +94,7 @@ class PruMerge(Selector):
             step = jnp.maximum(many // jnp.maximum(k, 1) // 3, 1)[:, None] if self.stride is None else self.stride
             stays = choose(a, stays | (free & (raster % step == 0)), room)
         rest = free & ~stays
-        metric = jnp.swapaxes(evidence.keys, 1, 2).reshape(free.shape[0], n, -1)
+        metric = jnp.swapaxes(check.given("keys", evidence.keys), 1, 2).reshape(free.shape[0], n, -1)
         eye = jnp.eye(n, dtype=bool)[None]
         other = free[:, None] & ~eye & stays[..., None]
         close = choose(cosine(metric, metric), other, min(self.near, n)) if n else other

@@ -48,7 +48,7 @@ class ToDRESelect(Selector):
         if self.pivot == "random":
             key = jax.random.key(0) if evidence.key is None else evidence.key
             return jnp.broadcast_to(jax.random.uniform(key, tokens.pos.shape[1:])[None], tokens.pos.shape)
-        return jnp.mean(evidence.cls.astype(jnp.float32), 1)
+        return jnp.mean(check.given("cls", evidence.cls).astype(jnp.float32), 1)
 
     def stay(self, params, tokens: Tokens, evidence: Evidence, free, room):
         x = jax.lax.stop_gradient(tokens.x)

@@ -54,7 +54,7 @@ class TokenCorr(Selector):
         return Needs(cls=True, keys=True, layers=self.layers)
 
     def score(self, params, tokens: Tokens, evidence: Evidence):
-        p = jnp.mean(jnp.mean(evidence.cls.astype(jnp.float32), 2), 0)
+        p = jnp.mean(jnp.mean(check.given("cls", evidence.cls).astype(jnp.float32), 2), 0)
         if not self.sample:
             return p
         key = jax.random.key(0) if evidence.key is None else evidence.key[0]
@@ -72,7 +72,7 @@ class TokenCorr(Selector):
 
     def stay(self, params, tokens: Tokens, evidence: Evidence, free, room):
         group = self.group(tokens)
-        k, size = self.different(jax.lax.stop_gradient(evidence.keys[1]), free, group)
+        k, size = self.different(jax.lax.stop_gradient(check.given("keys", evidence.keys)[1]), free, group)
         if self.crops > 1:
             k = k.at[:, 0].set(jnp.minimum(size[:, 0], room))
             left, k, first = room - k[:, 0], k[:, 1:], k[:, :1]

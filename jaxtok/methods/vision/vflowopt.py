@@ -53,10 +53,7 @@ class VFlowOptSelect(Selector):
     grid: tuple[int, int] | None = None
 
     def __post_init__(self):
-        for name in ("shape", "grid"):
-            value = getattr(self, name)
-            if value is None and name == "grid":
-                continue
+        for name, value in (("shape", self.shape), ("grid", (1, 1) if self.grid is None else self.grid)):
             check.kind(name, value, tuple)
             if len(value) != 2:
                 raise ValueError(f"{name}={value} must be (rows, columns)")
@@ -81,11 +78,11 @@ class VFlowOptSelect(Selector):
         """Rows and columns of cells of the thumbnail, and of the joined crops (0, 0 without)."""
         many = lambda size: math.floor((size - 1) / self.m) + 1
         rows, cols = self.grid or (0, 0)
-        far = (many(rows * self.shape[0]), many(cols * self.shape[1])) if self.grid else (0, 0)
-        return many(self.shape[0]), many(self.shape[1]), *far
+        far, away = (many(rows * self.shape[0]), many(cols * self.shape[1])) if self.grid else (0, 0)
+        return many(self.shape[0]), many(self.shape[1]), far, away
 
     def score(self, params, tokens: Tokens, evidence: Evidence):
-        return self.importance(jnp.mean(evidence.probs.astype(jnp.float32), 1), pictured(tokens), evidence.detail)
+        return self.importance(jnp.mean(check.given("probs", evidence.probs).astype(jnp.float32), 1), pictured(tokens), evidence.detail)
 
     def importance(self, m, free, detail=None):
         """map [b n] of the mean over heads of attention [b n n]."""
@@ -97,7 +94,7 @@ class VFlowOptSelect(Selector):
         seen = jnp.sum(jnp.where(loud[..., None], m, 0.0), 1) / jnp.maximum(jnp.sum(loud, -1, keepdims=True), 1).astype(jnp.float32)
         if not self.alpha_v:
             return seen
-        return seen + self.alpha_v * softmax(detail, free)
+        return seen + self.alpha_v * softmax(check.given("detail", detail), free)
 
     def place(self, tokens: Tokens):
         """Number of the cell that each row lies in."""

@@ -50,7 +50,7 @@ class VisionDropSelect(Selector):
     def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[tuple, DensePlan]:
         free, stop = pictured(tokens), jax.lax.stop_gradient
         fixed = (tokens.pos >= 0) & ~free
-        score = stop(jnp.sum(evidence.cls.astype(jnp.float32), 1))
-        metric = stop(jnp.mean(evidence.keys.astype(jnp.float32), 1))
+        score = stop(jnp.sum(check.given("cls", evidence.cls).astype(jnp.float32), 1))
+        metric = stop(jnp.mean(check.given("keys", evidence.keys).astype(jnp.float32), 1))
         rows = self.count(free.shape[1], free.shape[1])
         return state, condense(tokens, metric, score, free, fixed, self.room(tokens, keep), self.contextual, rows)

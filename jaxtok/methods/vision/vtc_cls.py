@@ -47,4 +47,4 @@ class VTCCLS(Selector):
         return Needs(cls=True, layers=self.layers)
 
     def score(self, params, tokens: Tokens, evidence: Evidence):
-        return OVER[self.over](jnp.mean(evidence.cls.astype(jnp.float32), 2), axis=0)
+        return OVER[self.over](jnp.mean(check.given("cls", evidence.cls).astype(jnp.float32), 2), axis=0)

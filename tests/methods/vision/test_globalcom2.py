@@ -91,8 +91,7 @@ def test_everything_stays_at_ratio_one():
     logits = rng.normal(size=(5, 16)).astype(np.float32)
     tokens, evidence = crops(logits, 4)
     for rank in ("official", "raster"):
-        # sigma is above its mean somewhere and cut to 1, and below it elsewhere
-        found = kept(GlobalCom2(capacity=80, special=0, grid=(2, 2), ratio=1.0, side=4, temperature=1e9, rank=rank), tokens, evidence)
+        found = kept(GlobalCom2(capacity=80, special=0, grid=(2, 2), ratio=1.0, side=4, rank=rank), tokens, evidence)
         thumb = sorted(range(16), key=lambda j: -logits[0, j]) if rank == "official" else list(range(16))
         assert found[:16] == thumb and found[16:] == list(range(16, 80))
 
