@@ -1,5 +1,7 @@
 """An image in several sub-images: what an encoder makes of each, side by side in one sequence."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -67,7 +69,7 @@ def _evidence(old: Evidence, crops: int, at: int) -> Evidence:
         moved = jnp.moveaxis(split, at + 1, axis)  # now right before the token axis
         return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
 
-    new = {name: side(x, axis) for name, axis in BY_ROW.items() if (x := getattr(old, name)) is not None}
+    new: dict[str, Any] = {name: side(x, axis) for name, axis in BY_ROW.items() if (x := getattr(old, name)) is not None}
     if old.hidden is not None:
         new["hidden"] = side(old.hidden, -2)
     if old.lead is not None:
