@@ -115,3 +115,10 @@ def change(a: Float[Array, "b n c"], b: Float[Array, "b n c"]) -> Float[Array, "
     la, lb = jnp.linalg.norm(a, axis=-1), jnp.linalg.norm(b, axis=-1)
     tiny = jnp.finfo(jnp.float32).tiny
     return jnp.stack([lb / jnp.maximum(la, tiny), jnp.sum(a * b, -1) / jnp.maximum(la * lb, tiny)], -1)
+
+
+def softmax(x: Float[Array, "*B n"], among: Bool[Array, "*B n"]) -> Float[Array, "*B n"]:
+    """Softmax over the rows that are `among` it, float32; 0 elsewhere, and all 0 where there are none."""
+    x = jnp.where(among, jnp.clip(x.astype(jnp.float32), -1e30, 1e30), -2e30)
+    e = jnp.where(among, jnp.exp(x - jnp.max(x, -1, keepdims=True, initial=-2e30)), 0.0)
+    return e / jnp.maximum(jnp.sum(e, -1, keepdims=True), 1e-30)

@@ -10,6 +10,8 @@ from jaxtok.core import (
     budget,
     check,
     compose,
+    condense,
+    diverse,
     heads,
     matching,
     plugins,
@@ -22,6 +24,7 @@ from jaxtok.core import (
     score,
     segments,
     select,
+    selector,
     types,
 )
 from jaxtok.core import vacate as steps
@@ -348,3 +351,35 @@ case("core.matching.merge_plan")(
     )
 )
 case("core.score.change")(lambda s: Case(score.change, lambda v: {"a": v.rows(s.b, s.n, s.d), "b": v.rows(s.b, s.n, s.d)}))
+case("core.score.softmax")(lambda s: Case(score.softmax, lambda v: {"x": v.floats(*s.batch, s.n), "among": v.mask(*s.batch, s.n)}))
+
+_grouped = lambda v, s: {"score": v.floats(s.b, s.n), "group": v.ints(-1, 3, s.b, s.n), "candidate": v.mask(s.b, s.n)}
+case("core.select.group_ranks")(lambda s: Case(select.group_ranks, lambda v: _grouped(v, s)))
+case("core.select.choose_groups")(lambda s: Case(select.choose_groups, lambda v: _grouped(v, s) | {"share": v.keep(s.b, s.one(3, 1, 0))}))
+case("core.select.first_picks")(
+    lambda s: Case(select.first_picks, lambda v: {"order": v.ints(-1, s.n - 1, s.b, s.m), "keep": v.keep(s.b)}, {"n": s.n})
+)
+_near = lambda v, s, **more: {"candidate": v.mask(s.b, s.n)} | more
+case("core.diverse.max_min")(
+    lambda s: Case(diverse.max_min, lambda v: _near(v, s, distance=v.floats(s.b, s.n, s.n), first=v.floats(s.b, s.n)), {"most": s.m})
+)
+case("core.diverse.max_sum")(
+    lambda s: Case(diverse.max_sum, lambda v: _near(v, s, like=v.floats(s.b, s.n, s.n), first=v.floats(s.b, s.n)), {"most": s.m})
+)
+case("core.diverse.facility")(
+    lambda s: Case(diverse.facility, lambda v: _near(v, s, like=v.floats(s.b, s.n, s.n), bonus=v.floats(s.b, s.n)), {"most": s.m})
+)
+case("core.diverse.first_far")(lambda s: Case(diverse.first_far, lambda v: _near(v, s, distance=v.floats(s.b, s.n, s.n))))
+case("core.selector.pictured")(lambda s: Case(selector.pictured, lambda v: {"tokens": v.tokens()}))
+case("core.selector.evenly")(lambda s: Case(selector.evenly, lambda v: {"total": v.keep(s.b)}, {"parts": s.m, "most": s.n}))
+case("core.selector.part")(lambda s: Case(selector.part, lambda v: {"total": v.keep(s.b)}, {"share": s.one(0.5, 0.33, 1, 0)}))
+
+
+@case("core.condense.condense")
+def _(s):
+    def arrays(v):
+        free = v.mask(s.b, s.n)
+        of_row = {"metric": v.rows(s.b, s.n, s.d), "score": v.floats(s.b, s.n), "free": free, "fixed": v.mask(s.b, s.n) & ~free}
+        return {"tokens": v.tokens(), "room": np.clip(v.keep(s.b), 0, s.n).astype(np.int32)} | of_row
+
+    return Case(condense.condense, arrays, {"contextual": s.one(2, 0, 5), "rows": s.m})

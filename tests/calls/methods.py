@@ -211,7 +211,7 @@ def shrink(make):
             return reduce.reduce(plan, tokens, method.positions)
 
         def arrays(v):
-            tokens = v.tokens()
+            tokens = resized(v, s).tokens()
             keep = {"keep": v.keep(s.b)} if s.i % 3 else {}
             return {"tokens": tokens._replace(rope=tokens.rope[..., :1]), "evidence": v.evidence()} | keep
 

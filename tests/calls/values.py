@@ -198,6 +198,8 @@ class Values:
             asked=weight(s.b, s.h, n),
             asked_peak=weight(s.b, s.h, n),
             looked=weight(s.b, s.h, n),
+            text=self.rows(s.b, s.d),
+            detail=self.floats(s.b, n),
             change=weight(s.b, n, 2, 2),
             hidden=self.rows(s.b, n, 2 * s.d),
             weights={"o": self.rows(s.h * s.d, 2 * s.d)},

@@ -1,0 +1,45 @@
+"""Rows of images condensed: some stay as they are, some take in the rest. What VisionZip and VisionDrop do at an encoder's output."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.core.matching import cosine
+from jaxtok.core.reduce import gather
+from jaxtok.core.select import choose
+from jaxtok.core.types import DensePlan, Tokens
+
+
+def condense(
+    tokens: Tokens,
+    metric: Float[Array, "b n d"],
+    score: Float[Array, "b n"],
+    free: Bool[Array, "b n"],
+    fixed: Bool[Array, "b n"],
+    room: Int[Array, " b"],
+    contextual: int,
+    rows: int,
+) -> DensePlan:
+    """The plan of `rows` rows: fixed and dominant ones in raster order, then the contextual ones.
+
+    dominant: the room - contextual free rows of largest `score`;  targets: every floor(n / c)-th of the n other free rows, c of them
+    the rest go to the target of largest cosine of `metric` (ties: the first);  target' = target + mean of those that went to it
+    """
+    n = free.shape[1]
+    c = jnp.minimum(contextual, room)
+    dominant = choose(score, free, room - c)
+    rest = free & ~dominant
+    many = jnp.sum(rest, -1, dtype=jnp.int32)
+    raster = jnp.cumsum(rest, -1, dtype=jnp.int32) - 1
+    step = jnp.maximum(many // jnp.maximum(c, 1), 1)[:, None]
+    target = rest & (raster % step == 0) & (raster // step < c[:, None])
+    like = jnp.where(target[:, None], cosine(metric, metric), -jnp.inf)
+    into = jnp.argmax(like, -1).astype(jnp.int32)
+    goes = rest & ~target & jnp.any(target, -1, keepdims=True)
+    row = jnp.arange(n, dtype=jnp.int32)[None]
+    joins = goes[:, None] & (into[:, None] == row[..., None])  # [b target source]
+    w = jnp.where(joins, 1.0 / jnp.maximum(jnp.sum(joins, -1, keepdims=True), 1).astype(jnp.float32), 0.0)
+    w = w + (jnp.eye(n, dtype=bool)[None] & (fixed | dominant | target)[..., None]).astype(jnp.float32)
+    rank = jnp.where(fixed | dominant, row, jnp.where(target, n + row, -1))
+    order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)[:, n - min(rows, n) :]
+    index = jnp.where(jnp.take_along_axis(rank, order, 1) >= 0, order, -1)
+    return DensePlan(gather(w, index), index)

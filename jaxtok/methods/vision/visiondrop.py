@@ -1,0 +1,56 @@
+"""VisionDrop, encoder stage. Source: arXiv:2506.22283; Ruixxxx/VisionDrop (llava/visionzip/*), Apache-2.0: written from the formulas."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxtok.core import check
+from jaxtok.core.condense import condense
+from jaxtok.core.registry import register
+from jaxtok.core.selector import Selector, pictured
+from jaxtok.core.types import DensePlan, Evidence, Needs, Tokens
+
+
+@register(
+    "visiondrop.select",
+    site="select",
+    paper="arXiv:2506.22283",
+    title="Rethinking Visual Token Reduction in LVLMs under Cross-modal Misalignment",
+    authors="Rui Xu and Yunke Wang and Yong Luo and Bo Du",
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionDropSelect(Selector):
+    """The encoder stage of VisionDrop, which is VisionZip's: what the class row attends to stays, the others merge by likeness.
+
+        dominant: the class row and the capacity - contextual rows of largest sum over heads of A[CLS, j]
+        of the n other rows every floor(n / c)-th is a target, c = contextual of them
+        each other one goes to the target whose key is most like its own (mean over heads, cosine);  target' = target + mean of them
+
+    in the last layer that ran (CLIP-L/14: the last but one). The class row stays a visual token (`with_cls`) and the paper counts it: its
+    example, dominant 42 and contextual 6, is capacity=47, contextual=6. target + mean is no average: its length grows. contextual=0: the
+    rows of largest class attention alone (ours: the code divides by zero). capacity >= n: all rows. Output: dominant rows in raster
+    order, then the contextual ones. The stages between the decoder's layers are another method. Ties: the older row, the first target.
+    """
+
+    with_cls = True
+
+    contextual: int = 6
+
+    def __post_init__(self):
+        super().__post_init__()
+        check.count("contextual", self.contextual, 0, self.capacity)
+        if self.crops != 1:
+            raise ValueError(f"{type(self).__name__} condenses one image, got crops={self.crops}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(cls=True, keys=True)
+
+    def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[tuple, DensePlan]:
+        free, stop = pictured(tokens), jax.lax.stop_gradient
+        fixed = (tokens.pos >= 0) & ~free
+        score = stop(jnp.sum(check.given("cls", evidence.cls).astype(jnp.float32), 1))
+        metric = stop(jnp.mean(check.given("keys", evidence.keys).astype(jnp.float32), 1))
+        rows = self.count(free.shape[1], free.shape[1])
+        return state, condense(tokens, metric, score, free, fixed, self.room(tokens, keep), self.contextual, rows)
