@@ -167,9 +167,34 @@ class Recipe:
         at = [(k, m.at) for k, m in self.vit if m.at in ("around", "ahead")]
         if len(set(k for k, _ in at)) < len(at):
             raise ValueError(f"two methods act around or ahead of the attention of one layer: {at}")
+        self._validate_rows(cfg, until)
         for i in () if self.select is None else self.select.needs.layers:
             if not -until <= i < until:
                 raise ValueError(f"{self.select.name} needs evidence of layer {i}; {until} layers run")  # type: ignore[union-attr]
+
+    def _validate_rows(self, cfg, until: int) -> None:
+        """Evidence is about the rows that it is used on: not about those inside a reduction that is undone before."""
+        undone = sorted(((k, min(m.restore, until), m) for k, m in self.vit if m.restore is not None), key=lambda entry: entry[0])
+        for i, (_, end, outer) in enumerate(undone):
+            for k, later, inner in undone[i + 1 :]:
+                if k < end < later:
+                    raise ValueError(
+                        f"{inner.name} begins at layer {k}, inside {outer.name}, and must be undone before layer {end} too, not {later}"
+                    )
+        around = {k: m.name for k, m in self.vit if m.at == "around"}
+        asked = []
+        for k, method in self.vit:
+            needs = method.layer(k, cfg.layers).needs
+            if method.at in ("block", "attn") and needs != Needs() and not needs.own:
+                asked.append((method.name, k - (method.at == "block"), k))
+        if self.select is not None and self.select.needs != Needs() and not self.select.needs.own:
+            asked += [(self.select.name, i % until, until) for i in self.select.needs.layers or (-1,)]
+        for name, layer, place in asked:
+            inside = [m.name for _, end, m in undone if layer < end <= place] + [n for k, n in around.items() if k == layer]
+            if inside:
+                raise ValueError(
+                    f"{name} needs evidence of layer {layer} about all rows; there it is about those inside {inside[0]}, which is undone"
+                )
 
     def _validate_heads(self, cfg) -> None:
         for i, sizes in enumerate(self.heads):

@@ -87,8 +87,10 @@ class EncoderConfig:
     layers: int
     heads: int
     hidden: int
+    inner: int | None = None  # channels of all heads together; None = width
     image: tuple[int, int] | None = (224, 224)  # height, width that the positions were learned for; None = a text tower
-    patch: tuple[int, int] = (16, 16)
+    patch: tuple[int, int] = (16, 16)  # what an image leaves over at the right and the bottom is not seen
+    antialias: bool = False  # of positions resampled to another size (DINOv2 with registers)
     channels: int = 3
     vocab: int | None = None  # of a text tower
     context: int = 77  # of a text tower: positions there are
@@ -105,28 +107,30 @@ class EncoderConfig:
     layer_scale: bool = False  # DINOv2
     qkv_bias: bool = True
     patch_bias: bool = True
-    pool: str = "cls"  # what the head reads: cls, cls_dist (two heads, averaged), cls_mean (both, side by side), mean, map, eos, last
+    pool: str = (
+        "cls"  # what the head reads: cls, cls_dist (two heads, averaged), cls_mean (both, side by side), mean, map, eos (last live row)
+    )
     norm_mean: bool = False  # the final norm acts on the mean of the rows, not on the rows
     out: int | None = None  # classes, or channels of a projection; None = no head
     out_bias: bool = True
     bos: int | None = None
-    eos: int | None = None
+    eos: int | None = None  # where rows of ids end (CLIP); None = with the last live one, -1 = with the largest id (CLIP before 2023)
 
     def __post_init__(self):
-        if self.width % self.heads:
-            raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}")
+        if (self.inner or self.width) % self.heads:
+            raise ValueError(f"width={self.width}, inner={self.inner}: what all heads share must be a multiple of heads={self.heads}")
         if (self.image is None) == (self.vocab is None):
             raise ValueError(f"an encoder has an image size or a vocabulary, got image={self.image}, vocab={self.vocab}")
-        if self.image is not None and (self.image[0] % self.patch[0] or self.image[1] % self.patch[1]):
-            raise ValueError(f"image={self.image} must be a multiple of patch={self.patch}")
+        if self.image is not None and (self.image[0] < self.patch[0] or self.image[1] < self.patch[1] or min(self.patch) < 1):
+            raise ValueError(f"image={self.image} must have room for a patch of {self.patch}")
         if self.act not in ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu"):
             raise ValueError(f"act={self.act!r}; supported: gelu, gelu_tanh, quick_gelu, relu, silu")
-        if self.pool not in ("cls", "cls_dist", "cls_mean", "mean", "map", "eos", "last"):
-            raise ValueError(f"pool={self.pool!r}; supported: cls, cls_dist, cls_mean, mean, map, eos, last")
+        if self.pool not in ("cls", "cls_dist", "cls_mean", "mean", "map", "eos"):
+            raise ValueError(f"pool={self.pool!r}; supported: cls, cls_dist, cls_mean, mean, map, eos")
 
     @property
     def head_dim(self) -> int:
-        return self.width // self.heads
+        return (self.inner or self.width) // self.heads
 
     @property
     def kv_heads(self) -> int:

@@ -2,7 +2,7 @@
 
 Parameters are one plain dict (weights [in, out], y = x @ w):
 
-    {"patch": [p*p*ch c], "patch_bias" | "embed": [vocab c],  "prefix": [r c] (class, distillation, register tokens),  "pos": [. c],
+    {"patch": [p*p*ch c], "patch_bias" | "embed": [vocab c],  "cls": [c], "dist": [c], "registers": [r c],  "pos": [. c],
      "stem_norm", "norm", "head" [c out], "head_dist", "map": attention pooling,  "layers": a tuple of l dicts}
 
     a layer: norm1, q, k, v, o, norm2, up, down (and gate, scale1, scale2); each norm and each product may have a `<name>_bias`.
@@ -65,7 +65,7 @@ def attend(cfg: EncoderConfig, p, i: int, tokens: Tokens, needs: Needs, proporti
         out, lse = jnp.einsum("bhqk,bhkd->bhqd", probs.astype(v.dtype), v), None
     else:
         out, lse = attention(q, k, v, impl=impl, **see)
-    block = linear(p, "o", out.transpose(0, 2, 1, 3).reshape(y.shape))
+    block = linear(p, "o", out.transpose(0, 2, 1, 3).reshape(*y.shape[:2], -1))
     seen: dict[str, Any] = {"layer": jnp.full((), i, jnp.int32), "key": None if key is None else jax.random.fold_in(key, i)}
     if needs != Needs():
         lse = attention(q, k, k[..., :1], impl=impl, **see)[1] if lse is None else lse
@@ -100,15 +100,17 @@ def shapes(cfg: EncoderConfig) -> dict[str, Any]:
     c, f = cfg.width, cfg.hidden
     norm = lambda name: {name: (c,), name + "_bias": (c,)}
     product = lambda name, a, b, bias=True: {name: (a, b)} | ({name + "_bias": (b,)} if bias else {})
-    mlp = product("up", c, f) | product("down", f, c) | (product("gate", c, f) if cfg.gated else {})
-    qkvo = {k: s for name in "qkv" for k, s in product(name, c, c, cfg.qkv_bias).items()} | product("o", c, c)
+    mlp = (product("gate", c, f) if cfg.gated else {}) | product("up", c, f) | product("down", f, c)
+    inner = cfg.inner or c
+    qkvo = {k: s for name in "qkv" for k, s in product(name, c, inner, cfg.qkv_bias).items()} | product("o", inner, c)
     layer = norm("norm1") | qkvo | norm("norm2") | mlp | ({"scale1": (c,), "scale2": (c,)} if cfg.layer_scale else {})
     out: dict[str, Any] = {"layers": (layer,) * cfg.layers}
     if cfg.image is None:
         out |= {"embed": (cfg.vocab, c), "pos": (cfg.context, c)}
     else:
         out |= product("patch", math.prod(cfg.patch) * cfg.channels, c, cfg.patch_bias)
-        out |= {"pos": (cfg.cls + cfg.distilled + math.prod(cfg.grid), c)} | ({"prefix": (cfg.prefix, c)} if cfg.prefix else {})
+        out |= {"pos": (cfg.cls + cfg.distilled + math.prod(cfg.grid), c)} | ({"cls": (c,)} if cfg.cls else {})
+        out |= ({"dist": (c,)} if cfg.distilled else {}) | ({"registers": (cfg.registers, c)} if cfg.registers else {})
     out |= norm("stem_norm") if cfg.stem_norm else {}
     out |= norm("norm") if cfg.final_norm else {}
     wide = 2 * c if cfg.pool == "cls_mean" else c
@@ -129,7 +131,9 @@ def init(cfg: EncoderConfig, key: Array, dtype: Any = jnp.float32) -> dict[str, 
         if name.startswith(("norm", "stem_norm", "scale")):
             return jnp.ones(shape, dtype)
         std = (
-            0.02 if name in ("pos", "prefix", "probe") else shape[0] ** -0.5 / (math.sqrt(2 * cfg.layers) if name in ("o", "down") else 1.0)
+            0.02
+            if name in ("pos", "cls", "dist", "registers", "probe")
+            else shape[0] ** -0.5 / (math.sqrt(2 * cfg.layers) if name in ("o", "down") else 1.0)
         )
         return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxtok.models import blocks
 from jaxtok.models.config import Config, RopeScaling
+from jaxtok.models.tensors import Path, Piece, Table, matrix, piece
 
 _BASE: dict[str, Any] = {
     "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
@@ -31,7 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 _ACTS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-class _Reader:
+class Fields:
     """Typed look-ups in a config.json: a wrong or missing value is a ValueError that names it."""
 
     def __init__(self, raw: dict[str, Any], defaults: dict[str, Any]):
@@ -75,7 +76,7 @@ def _rope(p: dict[str, Any], context: int) -> RopeScaling | None:
         return None
     if kind not in ("linear", "llama3"):
         raise ValueError(f"config.json: rope scaling {kind!r} is not supported; supported: default, linear, llama3")
-    r = _Reader(p, {"original_max_position_embeddings": context})
+    r = Fields(p, {"original_max_position_embeddings": context})
     if kind == "linear":
         return RopeScaling(kind=kind, factor=r.number("factor"))
     low, high = r.number("low_freq_factor"), r.number("high_freq_factor")
@@ -90,7 +91,7 @@ def _rope(p: dict[str, Any], context: int) -> RopeScaling | None:
     )
 
 
-def _layer_types(raw: dict[str, Any], family: str, layers: int, r: _Reader) -> tuple[tuple[bool, ...], int | None]:
+def _layer_types(raw: dict[str, Any], family: str, layers: int, r: Fields) -> tuple[tuple[bool, ...], int | None]:
     """Which layers see a sliding window, and its size. transformers' window is q - k < sliding_window in every family."""
     window = r.get("sliding_window", (int, type(None)), 1)
     if family in ("mistral", "phi3"):
@@ -121,7 +122,7 @@ def config_from_hf(raw: dict[str, Any]) -> Config:
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"config.json: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    r = _Reader(raw, FAMILIES[family])
+    r = Fields(raw, FAMILIES[family])
     for key in ("attention_bias", "mlp_bias", "use_bidirectional_attention", "quantization_config"):
         if raw.get(key):
             raise ValueError(f"config.json: {key} is not supported for {family}; load a checkpoint without it")
@@ -142,10 +143,10 @@ def config_from_hf(raw: dict[str, Any]) -> Config:
 
     theta, theta_local, scaling = r.number("rope_theta"), None, None
     if family == "gemma3_text":
-        nested = _Reader(r.object("rope_parameters"), {})
+        nested = Fields(r.object("rope_parameters"), {})
         full, near = nested.object("full_attention") | r.object("rope_scaling"), nested.object("sliding_attention")
-        theta = _Reader(full, {"rope_theta": theta}).number("rope_theta")
-        theta_local = _Reader(near, {"rope_theta": raw.get("rope_local_base_freq", 10000.0)}).number("rope_theta")
+        theta = Fields(full, {"rope_theta": theta}).number("rope_theta")
+        theta_local = Fields(near, {"rope_theta": raw.get("rope_local_base_freq", 10000.0)}).number("rope_theta")
         scaling = _rope(full, context)
         if _rope(near, context) is not None:
             raise ValueError("config.json: rope scaling of the sliding layers is not supported; supported: default")
@@ -153,11 +154,11 @@ def config_from_hf(raw: dict[str, Any]) -> Config:
     else:
         rope = r.object("rope_scaling") or r.object("rope_parameters")
         scaling = _rope(rope, context)
-        theta = _Reader(rope, {"rope_theta": theta}).number("rope_theta")
+        theta = Fields(rope, {"rope_theta": theta}).number("rope_theta")
         factor = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if factor not in (1.0, None) and family != "phi3":
         raise ValueError(f"config.json: partial_rotary_factor={factor!r} is supported for phi3 only")
-    rotary = head_dim if factor is None else int(head_dim * _Reader({"partial_rotary_factor": factor}, {}).number("partial_rotary_factor"))
+    rotary = head_dim if factor is None else int(head_dim * Fields({"partial_rotary_factor": factor}, {}).number("partial_rotary_factor"))
     if rotary % 2 or not 0 < rotary <= head_dim:
         raise ValueError(f"config.json: {rotary} rotated channels of head_dim={head_dim}; need an even number from 2 to head_dim")
 
@@ -233,26 +234,23 @@ _SANDWICH = {"attn_post_norm": "post_attention_layernorm.weight", "mlp_norm": "p
              "mlp_post_norm": "post_feedforward_layernorm.weight"}  # fmt: skip
 _PHI3 = {**dict.fromkeys("qkv", "self_attn.qkv_proj.weight"), **dict.fromkeys(("gate", "up"), "mlp.gate_up_proj.weight")}
 
-Path = tuple[str | int, ...]
 
-
-def table(cfg: Config) -> dict[str, list[tuple[Path, tuple[int, ...]]]]:
-    """Tensor name -> the parameters it holds, [(path, our shape)], stacked along the tensor's first axis (Phi3 fuses q,k,v and gate,up)."""
+def table(cfg: Config) -> Table:
+    """Which tensor holds which parameters, the embedding's first (Phi3 fuses q,k,v and gate,up)."""
     names = _LAYER | (_SANDWICH if cfg.sandwich else {}) | (_PHI3 if cfg.family == "phi3" else {})
     shapes = blocks.shapes(cfg)
-    out: dict[str, list[tuple[Path, tuple[int, ...]]]] = {}
+    out: Table = {}
     for top in ("embed", "norm", "head"):
         if top in shapes:
-            out[_TOP[top]] = [((top,), shapes[top])]
+            out[_TOP[top]] = [_piece((top,), shapes[top])]
     for i, layer in enumerate(shapes["layers"]):
         for name, shape in layer.items():
-            out.setdefault(f"model.layers.{i}.{names[name]}", []).append((("layers", i, name), shape))
+            out.setdefault(f"model.layers.{i}.{names[name]}", []).append(_piece(("layers", i, name), shape))
     return out
 
 
-def transposed(path: Path, shape: tuple[int, ...]) -> bool:
-    """Whether the tensor of this parameter is stored [out, in]: every matrix but the embedding."""
-    return len(shape) == 2 and path != ("embed",)
+def _piece(path: Path, shape: tuple[int, ...]) -> Piece:
+    return matrix(path, shape) if len(shape) == 2 and path != ("embed",) else piece(path, shape)
 
 
 def ignorable(name: str, cfg: Config) -> bool:

@@ -1,35 +1,36 @@
 """Load and save checkpoints: Hugging Face directories and hub ids (safetensors), llama2.c `.bin` files. Nothing is ever unpickled."""
 
-import contextlib
 import dataclasses
-import json
+import functools
 import os
 import pathlib
 import re
-import shutil
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from jaxtok.models import blocks, hf, llama2c
+from jaxtok.models import blocks, encoder, hf, hf_encoders, llama2c, tensors
 from jaxtok.models.blocks import Params
-from jaxtok.models.config import Config
+from jaxtok.models.config import Config, EncoderConfig
+from jaxtok.models.tensors import Path, Place, Progress
 from jaxtok.models.text import JsonTokenizer, ScoreTokenizer, Tokenizer
 
 Placement = jax.sharding.Sharding | jax.sharding.PartitionSpec
-Progress = Callable[[int, int, str], None]
 
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CHAT_FILES = ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"]
-_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", *_CHAT_FILES]
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "*processor_config.json",
+    *_CHAT_FILES,
+]
 EMBEDDED, DRAFT = "embedded", "embedded_draft"  # the models of the package
-_SHARD_BYTES = 4 * 2**30
-MOST_NAMES = 20  # tensors that one error lists
 
 
 def load(
@@ -52,10 +53,7 @@ def load(
     ValueError, one line: no such checkpoint, a family or feature that is not supported, files that are cut off or no
     safetensors, pickles, and all missing, unexpected and misshaped tensors together.
     """
-    if dtype is not None:
-        dtype = jnp.dtype(dtype)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"dtype={dtype} is no floating type; choose float32, bfloat16 or float16")
+    dtype = _floating(dtype)
     place = _placer(sharding)
     where = find(path)
     if where.is_file():
@@ -67,6 +65,68 @@ def load(
         return _load_llama2c(bins[0], dtype, place, progress)
     found = f"{len(bins)} .bin files: {', '.join(p.name for p in bins)}" if bins else "neither"
     raise ValueError(f"{where} is no checkpoint: need config.json with safetensors, or one llama2.c .bin; found {found}")
+
+
+def load_encoder(
+    path: str | os.PathLike[str],
+    *,
+    tower: str = "vision",
+    dtype: Any = None,
+    sharding: Placement | Mapping[str, Placement] | None = None,
+    progress: Progress | None = None,
+) -> tuple[EncoderConfig, Params]:
+    """(cfg, params with layers as a tuple) of an encoder: ViT, DeiT, DINOv2 (and with registers), CLIP, SigLIP, for `models.vit`.
+
+    path: a Hugging Face directory or a hub id, as in `load`; of CLIP and SigLIP, and of larger models with such an encoder inside, one
+    `tower` is read, "vision" or "text". The head is what the checkpoint has: a classifier, CLIP's projection, SigLIP's pooling, or none
+    (a ViT's pooler is left out).
+    dtype, sharding, progress: as in `load`; dtype=None is that of the first embedding. ValueError, one line: as in `load`.
+    """
+    dtype, place = _floating(dtype), _placer(sharding)
+    where = find(path)
+    if not (where / "config.json").is_file():
+        raise ValueError(f"{where} is no encoder's checkpoint: need a directory with config.json and safetensors")
+    raw = tensors.read_json(where / "config.json")
+    try:
+        cfg = hf_encoders.config_from_hf(raw, tower)
+        inner = hf_encoders.tower_config(raw, tower)
+        with tensors.opened(where) as home:
+            cfg, prefix = hf_encoders.fit(cfg, home, inner)
+            table = hf_encoders.table(cfg, prefix)
+            what, unread = (
+                f"a {cfg.family} model of its config.json",
+                lambda name: hf_encoders.ignorable(name, cfg, prefix, inner is not raw),
+            )
+            tensors.check(where, what, table, home, unread)
+            return cfg, tensors.read(table, home, cfg.layers, dtype, place, progress)
+    except ValueError as e:
+        raise ValueError(str(e) if str(where) in str(e) else f"{where}: {e}") from None
+
+
+class Pair(NamedTuple):
+    """Two towers and what turns the cosines of their outputs into logits: `vit.similarity`."""
+
+    vision: tuple[EncoderConfig, Params]
+    text: tuple[EncoderConfig, Params]
+    scale: jax.Array  # f32 [], log of the factor
+    bias: jax.Array  # f32 []
+
+
+def load_pair(path: str | os.PathLike[str], **options: Any) -> Pair:
+    """Both towers of a CLIP or SigLIP checkpoint; options as in `load_encoder`."""
+    vision, text = (load_encoder(path, tower=tower, **options) for tower in hf_encoders.TOWERS)
+    with tensors.opened(find(path)) as home:
+        scalar = lambda name: jnp.asarray(np.asarray(home[name].get_tensor(name), np.float32).reshape(-1)[:1].sum())
+        if "logit_scale" not in home:
+            raise ValueError(f"{path} holds no pair of towers: it has no logit_scale; load_encoder loads one tower")
+        return Pair(vision, text, scalar("logit_scale"), scalar("logit_bias") if "logit_bias" in home else jnp.zeros(()))
+
+
+def _floating(dtype: Any) -> Any:
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype} is no floating type; choose float32, bfloat16 or float16")
+    return dtype
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -93,8 +153,8 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
         raise ValueError(f"{name} is no local path, and the hub did not give it: {reason}") from None
 
 
-def _placer(sharding: Placement | Mapping[str, Placement] | None) -> Callable[[hf.Path, np.ndarray], jax.Array]:
-    def place(path: hf.Path, x: np.ndarray) -> jax.Array:
+def _placer(sharding: Placement | Mapping[str, Placement] | None) -> Place:
+    def place(path: Path, x: np.ndarray) -> jax.Array:
         if not isinstance(sharding, Mapping):
             return jax.device_put(x, sharding)
         name = "/".join(map(str, path))
@@ -106,119 +166,28 @@ def _placer(sharding: Placement | Mapping[str, Placement] | None) -> Callable[[h
     return place
 
 
-def _insert(params: Params, path: hf.Path, x: jax.Array) -> None:
-    if path[0] == "layers":
-        params["layers"][path[1]][path[2]] = x
-    else:
-        params[str(path[0])] = x
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        out = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path} is not JSON: {e}") from None
-    if not isinstance(out, dict):
-        raise ValueError(f"{path} should hold an object, holds a {type(out).__name__}")
-    return out
-
-
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
-def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weights = _json(index).get("weight_map")
-        if not isinstance(weights, dict) or not weights or not all(isinstance(v, str) for v in weights.values()):
-            raise ValueError(f"{index} has no weight_map of tensor names to file names")
-        names = sorted(set(weights.values()))
-        # an index is data from somebody else: it must not reach outside its folder
-        bad = [n for n in names if pathlib.PurePath(n).name != n or not n.endswith(".safetensors")]
-        if bad:
-            raise ValueError(f"{index} names {bad[0]!r}, which is no safetensors file of the same folder")
-        gone = [n for n in names if not (folder / n).is_file()]
-        if gone:
-            raise ValueError(f"{folder} lacks {', '.join(gone)}, which its index names")
-        return [folder / n for n in names]
-    one = folder / "model.safetensors"
-    files = [one] if one.is_file() else sorted(folder.glob("*.safetensors"))
-    if len(files) == 1:
-        return files
-    if files:
-        raise ValueError(f"{folder} has {len(files)} safetensors files but neither model.safetensors nor model.safetensors.index.json")
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        raise ValueError(f"{folder} has pickled weights only, which are never opened: they can run code; convert them to safetensors")
-    if any(folder.glob("*.msgpack")):
-        raise ValueError(f"{folder} has Flax weights only; models.flax_msgpack.read gives their arrays, load takes safetensors")
-    raise ValueError(f"{folder} has a config.json but no safetensors file")
-
-
-def _open(path: pathlib.Path) -> Any:
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as e:
-        reason = str(e).splitlines()[0]
-    with path.open("rb") as f:
-        head = f.read(2)
-    if llama2c.is_pickle(head):
-        raise ValueError(f"{path} is a pickle (torch.save) named safetensors, which is never opened: it can run code; convert it")
-    raise ValueError(f"{path} is not a safetensors file or is cut off: {reason}")
-
-
 def _load_hf(folder: pathlib.Path, dtype: Any, place: Any, progress: Progress | None) -> tuple[Config, Params, Tokenizer | None]:
-    raw = _json(folder / "config.json")
+    raw = tensors.read_json(folder / "config.json")
+    if raw.get("model_type") in (*hf_encoders.FAMILIES, "clip", "siglip"):
+        raise ValueError(f"{folder} holds an encoder ({raw['model_type']}); models.load.load_encoder loads it")
     try:
         cfg = hf.config_from_hf(raw)
     except ValueError as e:
         raise ValueError(f"{folder}: {e}") from None
     generation = folder / "generation_config.json"
     if generation.is_file():  # chat models list their end-of-turn ids here only
-        eos = _json(generation).get("eos_token_id")
+        eos = tensors.read_json(generation).get("eos_token_id")
         ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if ids and all(hf.is_id(i) for i in ids):
             cfg = dataclasses.replace(cfg, eos=tuple(ids))
     table = hf.table(cfg)
-    params: Params = {"layers": tuple({} for _ in range(cfg.layers))}
-    with contextlib.ExitStack() as close:
-        files = [close.enter_context(_open(p)) for p in _shards(folder)]
-        home = {name: f for f in files for name in f.keys()}
-        _check(folder, cfg, table, home)
-        if dtype is None:
-            dtype = jnp.dtype(_FLOATS[home["model.embed_tokens.weight"].get_slice("model.embed_tokens.weight").get_dtype()])
-        if dtype == jnp.dtype("float64") and not jax.config.read("jax_enable_x64"):
-            dtype = jnp.dtype("float32")
-        for done, (name, parts) in enumerate(table.items()):
-            at = 0
-            for path, shape in parts:
-                flip = hf.transposed(path, shape)
-                rows = shape[-1] if flip else shape[0]
-                x = home[name].get_tensor(name) if len(parts) == 1 else home[name].get_slice(name)[at : at + rows]
-                at += rows
-                _insert(params, path, place(path, np.ascontiguousarray(x.T if flip else x, dtype=dtype)))
-            if progress is not None:
-                progress(done + 1, len(table), name)
+    with tensors.opened(folder) as home:
+        tensors.check(folder, f"a {cfg.family} model of its config.json", table, home, lambda name: hf.ignorable(name, cfg))
+        params = tensors.read(table, home, cfg.layers, dtype, place, progress)
     return cfg, params, _hf_tokenizer(folder, cfg)
-
-
-def _check(folder: pathlib.Path, cfg: Config, table: Any, home: dict[str, Any]) -> None:
-    """Every tensor that is missing, unexpected, misshaped or of a wrong type, in one error."""
-    wrong = []
-    for name, parts in table.items():
-        if name not in home:
-            continue
-        tall = [s[::-1] if hf.transposed(p, s) else s for p, s in parts]
-        want = (sum(s[0] for s in tall), *tall[0][1:])
-        part = home[name].get_slice(name)
-        got, kind = tuple(part.get_shape()), part.get_dtype()
-        if got != want or kind not in _FLOATS:
-            wrong.append(f"{name} is {kind} {list(got)}, should be {'/'.join(_FLOATS)} {list(want)}")
-    missing = [name for name in table if name not in home]
-    extra = sorted(name for name in home if name not in table and not hf.ignorable(name, cfg))
-    some = lambda names: ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
-    said = [f"{what}: {some(names)}" for what, names in (("missing", missing), ("unexpected", extra), ("misshaped", wrong)) if names]
-    if said:
-        raise ValueError(f"{folder}: the tensors do not fit a {cfg.family} model of its config.json; {'; '.join(said)}")
 
 
 def _hf_tokenizer(folder: pathlib.Path, cfg: Config) -> Tokenizer | None:
@@ -240,7 +209,7 @@ def _load_llama2c(path: pathlib.Path, dtype: Any, place: Any, progress: Progress
     cfg, weights = llama2c.read(path)
     params: Params = {"layers": tuple({} for _ in range(cfg.layers))}
     for done, (at, read) in enumerate(weights.items()):
-        _insert(params, at, place(at, np.array(read(), dtype=jnp.float32 if dtype is None else dtype, order="C")))
+        tensors.insert(params, at, place(at, np.array(read(), dtype=jnp.float32 if dtype is None else dtype, order="C")))
         if progress is not None:
             progress(done + 1, len(weights), "/".join(map(str, at)))
     names = [f"tok{cfg.vocab}.bin", "tokenizer.bin"]
@@ -254,55 +223,29 @@ def _load_llama2c(path: pathlib.Path, dtype: Any, place: Any, progress: Progress
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-def save(path: str | os.PathLike[str], cfg: Config, params: Params, tokenizer: Tokenizer | None = None) -> None:
+def save(path: str | os.PathLike[str], cfg: Config | EncoderConfig, params: Params, tokenizer: Tokenizer | None = None) -> None:
     """Write a Hugging Face directory that `load` and transformers read: config.json, safetensors (in shards of 4 GiB), tokenizer.
 
     params: layers as a tuple or stacked. Existing files of that name are replaced; a directory with other weights in it is a ValueError.
     """
     folder = pathlib.Path(os.path.expanduser(path))
-    config = hf.config_to_hf(cfg)
     layers = params["layers"]
-    pick = lambda at: (layers[at[2]][at[1]] if isinstance(layers, dict) else layers[at[1]][at[2]]) if at[0] == "layers" else params[at[0]]
-    table = hf.table(cfg)
-    have, want = (_flat(tree) for tree in (jax.eval_shape(blocks.unstack, params), blocks.shapes(cfg)))
+
+    def pick(at: Path) -> Any:
+        if at[0] == "layers" and isinstance(layers, dict):
+            return layers[at[2]][at[1]]
+        return functools.reduce(lambda tree, key: tree[key], at, cast(Any, params))
+
+    if isinstance(cfg, EncoderConfig):
+        config, prefix = hf_encoders.config_to_hf(cfg)
+        table, shapes, first = hf_encoders.table(cfg, prefix), encoder.shapes(cfg), "embed" if cfg.image is None else "patch"
+    else:
+        config, table, shapes, first = hf.config_to_hf(cfg), hf.table(cfg), blocks.shapes(cfg), "embed"
+    have, want = (_flat(tree) for tree in (jax.eval_shape(blocks.unstack, params), shapes))
     wrong = [f"{k} is {have.get(k, 'missing')}, cfg says {want.get(k, 'none')}" for k in sorted(have | want) if have.get(k) != want.get(k)]
     if wrong:
         raise ValueError(f"params do not fit cfg: {'; '.join(wrong)}")
-    kind = params["embed"].dtype
-    config |= {"dtype": str(kind), "torch_dtype": str(kind)}
-
-    shards: list[list[str]] = [[]]
-    room = _SHARD_BYTES
-    for name, parts in table.items():
-        size = sum(int(np.prod(s)) for _, s in parts) * kind.itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = _SHARD_BYTES
-        shards[-1].append(name)
-        room -= size
-    files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    folder.mkdir(parents=True, exist_ok=True)
-    index = folder / "model.safetensors.index.json"
-    ours = files if len(files) == 1 else [*files, index.name]
-    stale = [p.name for end in ("*.safetensors", "*.safetensors.index.json") for p in folder.glob(end) if p.name not in ours]
-    if stale:
-        raise ValueError(f"{folder} holds other weights ({', '.join(sorted(stale))}); save into another directory or remove them")
-    described = folder / "config.json"
-    described.write_text(json.dumps(config, indent=1) + "\n")
-    for file, names in zip(files, shards, strict=True):
-        tensors = {}
-        for name in names:
-            arrays = [np.asarray(pick(at)) for at, _ in table[name]]
-            arrays = [a.T if hf.transposed(at, s) else a for a, (at, s) in zip(arrays, table[name], strict=True)]
-            tensors[name] = np.ascontiguousarray(arrays[0] if len(arrays) == 1 else np.concatenate(arrays))
-        # written aside and renamed: a killed save leaves no half file under the final name
-        safetensors.numpy.save_file(tensors, folder / (file + ".part"), metadata={"format": "pt"})
-        shutil.copymode(described, folder / (file + ".part"))  # safetensors writes for the owner alone
-        os.replace(folder / (file + ".part"), folder / file)
-    if len(shards) > 1:
-        weights = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(int(np.prod(s)) for parts in table.values() for _, s in parts) * kind.itemsize
-        index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weights}, indent=1) + "\n")
+    tensors.write(folder, config, table, pick, params[first].dtype)
     if tokenizer is not None:
         tokenizer.save(folder)
 

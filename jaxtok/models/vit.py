@@ -41,33 +41,44 @@ class Encoded(NamedTuple):
 def embed(cfg: EncoderConfig, params, images: Float[Array, "b y x ch"]) -> Tokens:
     """Rows of a batch of normalised images of one size: class, distillation and register tokens (kind SPECIAL), then the patches by rows.
 
-    `cell` of a patch is its row and column. Positions learned for another size are resampled (bicubic, half-pixel centres). ValueError
-    unless both sides are multiples of the patch.
+    `cell` of a patch is its row and column; what is left over at the right and the bottom is not seen. Positions learned for another
+    size are resampled (bicubic, half-pixel centres). ValueError for another number of channels and for images smaller than a patch.
     """
     b, y, x, ch = images.shape
     (py, px), dtype = cfg.patch, params["patch"].dtype
-    if cfg.image is None or ch != cfg.channels or y % py or x % px or not y or not x:
-        raise ValueError(f"images are {[b, y, x, ch]} for patches of {cfg.patch} and {cfg.channels} channels; resize them to multiples")
+    if cfg.image is None or ch != cfg.channels or y < py or x < px:
+        raise ValueError(
+            f"images are {[b, y, x, ch]} for patches of {cfg.patch} and {cfg.channels} channels; give [batch height width channels]"
+        )
     rows, cols = y // py, x // px
-    cut = images.astype(dtype).reshape(b, rows, py, cols, px, ch).transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * cols, py * px * ch)
-    body = encoder.linear(params, "patch", cut)
+    cut = images[:, : rows * py, : cols * px].astype(dtype).reshape(b, rows, py, cols, px, ch)
+    body = encoder.linear(params, "patch", cut.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * cols, py * px * ch))
     positioned = cfg.cls + cfg.distilled
-    first, grid = params["pos"][:positioned], resize_grid(params["pos"][positioned:], cfg.grid, (rows, cols)).astype(dtype)
+    grid = resize_grid(params["pos"][positioned:], cfg.grid, (rows, cols), cfg.antialias)
     body = body + grid[None]
     if cfg.prefix:
-        lead = params["prefix"].at[:positioned].add(first)
+        rows_of = {"cls": cfg.cls, "dist": cfg.distilled, "registers": cfg.registers}
+        lead = jnp.concatenate([params[name].reshape(-1, cfg.width) for name, n in rows_of.items() if n])
+        lead = lead.at[:positioned].add(params["pos"][:positioned])
         body = jnp.concatenate([jnp.broadcast_to(lead[None], (b, *lead.shape)), body], 1)
-    cell = np.concatenate([np.full((cfg.prefix, 2), -1), np.stack(np.mgrid[:rows, :cols], -1).reshape(-1, 2)]).astype(np.int32)
+    cell = np.concatenate([np.full((cfg.prefix, 2), -1), np.indices((rows, cols)).reshape(2, -1).T]).astype(np.int32)
     kind = np.where(cell[:, 0] < 0, SPECIAL, IMAGE).astype(np.int8)
     return _stem(cfg, params, _tokens(body, jnp.ones(body.shape[:2], bool), kind, cell))
 
 
 def embed_text(cfg: EncoderConfig, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None) -> Tokens:
-    """Rows of a batch of token ids of a text tower; `live` marks the real ones, which stand left (None = all)."""
+    """Rows of a batch of token ids of a text tower; `live` marks the real ones, which stand left (None = all).
+
+    A row of ids ends with its first cfg.eos, as a tokenizer that pads with it means it; what stands behind is dead. SigLIP pads too, but
+    its padding counts: leave `live` out.
+    """
     b, n = ids.shape
     if cfg.vocab is None or n > cfg.context:
         raise ValueError(f"{n} token ids for a text tower of {cfg.context} positions and a vocabulary of {cfg.vocab}; cut them")
     live = jnp.ones((b, n), bool) if live is None else live
+    if cfg.eos is not None:
+        ends = ids == (cfg.eos if cfg.eos >= 0 else jnp.max(ids, -1, keepdims=True))
+        live = live & (jnp.cumsum(ends, -1) <= ends.astype(jnp.int32))
     x = params["embed"][ids] + params["pos"][None, :n]
     return _stem(cfg, params, _tokens(x, live, np.full((n,), TEXT, np.int8), np.full((n, 2), -1, np.int32)))
 
@@ -127,9 +138,12 @@ class _Run:
         self._carry(plan)
         return plan
 
-    def _carry(self, plan) -> None:
-        index = representative(plan)
+    def _lift(self, index) -> None:
+        """States of the rows `index`; 0 for -1."""
         self.states = {m: Held(jax.tree.map(lambda x: gather(x, index), s.slots), s.rest) for m, s in self.states.items()}
+
+    def _carry(self, plan) -> None:
+        self._lift(representative(plan))
         self.kept = {i: move(plan, e) for i, e in self.kept.items()}
         self.evidence = move(plan, self.evidence)
 
@@ -141,11 +155,12 @@ class _Run:
 
     def undo(self, i: int) -> None:
         """What ends before layer i, the last begun first."""
-        while self.open and self.open[-1][0] == i:
+        while self.open and self.open[-1][0] <= i:
             _, index, method, own, before = self.open.pop()
             state = self.states[self.recipe.vit[index][1]]
             now = before._replace(source=self.tokens.source)  # row of `before` -> row now
             self.tokens = before._replace(x=method.undo(own, state, self.tokens, now), lost=self.tokens.lost)
+            self._lift(now.source)
 
     def layer(self, i: int, p, places: dict[str, list[int]], after: Needs) -> None:
         cfg, opts = self.cfg, (self.proportional, self.key, self.impl)
@@ -215,7 +230,7 @@ def encode(
         run.layer(i, params["layers"][i], where, after)
         if i in wanted:
             run.kept[i] = run.evidence
-    run.undo(until)
+    run.undo(cfg.layers)
     if asked.own:
         if until == cfg.layers:
             raise ValueError(f"{recipe.select.name} asks for evidence of the layer behind the last; run fewer layers: until={until - 1}")  # type: ignore[union-attr]
@@ -258,8 +273,8 @@ def head(cfg: EncoderConfig, params, tokens: Tokens) -> Float[Array, "b out"]:
         pooled = mean.astype(x.dtype)
     elif cfg.pool == "cls_mean":
         pooled = jnp.concatenate([take(x, first), mean.astype(x.dtype)], -1)
-    elif cfg.pool in ("eos", "last"):
-        pooled = x[:, -1] if cfg.pool == "last" else take(x, jnp.argmax(tokens.pos, -1)[:, None])
+    elif cfg.pool == "eos":
+        pooled = take(x, jnp.argmax(tokens.pos, -1)[:, None])
     else:
         pooled = take(x, first)
     pooled = encoder.norm(cfg, params, "norm", pooled) if cfg.norm_mean and cfg.final_norm else pooled
@@ -279,3 +294,11 @@ def _probe(cfg: EncoderConfig, p, x: Array, tokens: Tokens) -> Array:
 def forward(cfg: EncoderConfig, params, images: Float[Array, "b y x ch"], recipe: Recipe = PLAIN, **options: Any) -> Float[Array, "b out"]:
     """`head` of `encode` of `embed`; options as `encode`."""
     return head(cfg, params, encode(cfg, params, embed(cfg, params, images), recipe, **options).tokens)
+
+
+def similarity(
+    image: Float[Array, "i c"], text: Float[Array, "t c"], scale: Float[Array, ""], bias: Float[Array, ""]
+) -> Float[Array, "i t"]:
+    """exp(scale) cos(image, text) + bias: CLIP's and SigLIP's logits of images for texts, from what `head` makes of both."""
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return jnp.exp(scale) * unit(image) @ unit(text).T + bias

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxtok.models import blocks, hf, load, text
+from jaxtok.models import blocks, hf, load, tensors, text
 from jaxtok.models.config import Config, RopeScaling
 from tests.models import golden as files
 
@@ -183,7 +183,7 @@ def test_save_and_load(name, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors"]
     load.save(tmp_path / "one", case.cfg, case.params)  # in place
 
-    monkeypatch.setattr(load, "_SHARD_BYTES", 9000)
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 9000)
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), case.params)
     load.save(tmp_path / "many", case.cfg, blocks.stack(half))
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 3
