@@ -92,3 +92,30 @@ def identity(shape: tuple[int, ...]) -> Plan:
         raise ValueError("shape must name the row axis last, [*B n]; got ()")
     row = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
     return Plan(row, row, None, jnp.zeros(shape[:-1], jnp.int32))
+
+
+def group_ranks(score: Float[Array, "b n"], group: Int[Array, "b n"], candidate: Bool[Array, "b n"]) -> Int[Array, "b n"]:
+    """How many candidates of the same group score higher (ties: the older row is higher); n for what is no candidate."""
+    n = score.shape[-1]
+    key = jnp.where(candidate, group, jnp.iinfo(jnp.int32).max)
+    order = jnp.lexsort((-finite(score), key), axis=-1)
+    by = jnp.take_along_axis(key, order, -1)
+    row = lax.broadcasted_iota(jnp.int32, by.shape, 1)
+    new = jnp.concatenate([jnp.ones_like(by[:, :1], bool), by[:, 1:] != by[:, :-1]], 1)
+    rank = row - lax.cummax(jnp.where(new, row, 0), axis=1)
+    return jnp.where(candidate, jnp.take_along_axis(rank, jnp.argsort(order, axis=-1), -1), n)
+
+
+def choose_groups(score, group: Int[Array, "b n"], candidate: Bool[Array, "b n"], share: Int[Array, "b p"]) -> Bool[Array, "b n"]:
+    """Mask of the share[b, p] best candidates of each group p in 0..p-1 (ties: the older row)."""
+    if not share.shape[-1]:
+        return jnp.zeros(candidate.shape, bool)
+    inside = candidate & (group >= 0) & (group < share.shape[-1])
+    most = jnp.take_along_axis(share, jnp.clip(group, 0, share.shape[-1] - 1), 1)
+    return inside & (group_ranks(score, group, inside) < most)
+
+
+def first_picks(order: Int[Array, "b m"], keep: Int[Array, " b"], n: int) -> Bool[Array, "b n"]:
+    """Mask of the first `keep` rows that `order` names; -1 names none."""
+    there = (order >= 0) & (lax.broadcasted_iota(jnp.int32, order.shape, 1) < keep[:, None])
+    return mark(jnp.where(there, order, -1), n)

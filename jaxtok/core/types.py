@@ -121,6 +121,8 @@ class Evidence(NamedTuple):
         None  # f32 [b n 2 2] of the attention block, of the MLP: |out| / |in|, cos(out, in); before the residual, in: normed
     )
     hidden: jax.Array | None = None  # [b n c] rows that enter the layer
+    text: jax.Array | None = None  # [b c] site select: mean embedding of the text beside the image, in the space of the rows to choose from
+    detail: jax.Array | None = None  # f32 [b n] site select: what the caller measured on each row's pixels (their entropy)
     weights: dict[str, jax.Array] | None = None  # the layer's parameters that were asked for by name
     freqs: jax.Array | None = None  # f32 [rotary_dim / 2] angle per unit of rotary id; always given by a rotary model
     layer: jax.Array | None = None  # i32 [] 0-based
@@ -147,6 +149,8 @@ class Needs(NamedTuple):
     looked: bool = False
     change: bool = False
     hidden: bool = False
+    text: bool = False
+    detail: bool = False
     weights: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()  # evidence of these 0-based layers instead of the one at hand (site select: -1 is the last that ran)
     own: bool = False  # of the layer that follows, computed on its own input

@@ -242,14 +242,29 @@ def encode(
     return Encoded(run.tokens, seen)
 
 
-def select(params, encoded: Encoded, recipe: Recipe, *, keep: Int[Array, " b"] | None = None) -> Tokens:
-    """What recipe.select leaves of the rows of an encoder (or of rows made of them, one for one); `keep`: traced budget of live rows."""
+def select(
+    params,
+    encoded: Encoded,
+    recipe: Recipe,
+    *,
+    keep: Int[Array, " b"] | None = None,
+    text: Array | None = None,
+    detail: Array | None = None,
+) -> Tokens:
+    """What recipe.select leaves of the rows of an encoder (or of rows made of them, one for one); `keep`: traced budget of live rows.
+
+    text [b c], detail [b n]: what the caller tells a method that asks for it (see `Evidence`). ValueError where it is missing.
+    """
     method, tokens = recipe.select, encoded.tokens
     if method is None:
         return tokens
     own = params.get("methods", {}).get("select", {})
     budget = None if keep is None else jnp.broadcast_to(whole("select", keep), tokens.seen.shape)
-    _, plan = method.plan(own, method.start(own, tokens), tokens, encoded.evidence, budget)
+    for name, given, shape in (("text", text, (tokens.x.shape[0], tokens.x.shape[2])), ("detail", detail, tokens.pos.shape)):
+        if getattr(method.needs, name) and (given is None or given.shape != shape):
+            raise ValueError(f"{method.name} needs {name}= of shape {shape}, got {None if given is None else given.shape}")
+    told = encoded.evidence._replace(text=text, detail=detail)
+    _, plan = method.plan(own, method.start(own, tokens), tokens, told, budget)
     return reduce(plan, tokens, method.positions)
 
 

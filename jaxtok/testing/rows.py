@@ -71,8 +71,9 @@ def run(recipe: Recipe, site: str, params, tokens: Tokens, keep, key) -> tuple[j
         out = jnp.concatenate(logits, -1)
     else:
         limit = None if keep is None or site != "vit" else {"vit": (keep,)}
-        found = vit.encode(VISION, params, tokens, recipe, keep=limit, key=key, proportional=True)
-        tokens = vit.select(params, found, recipe, keep=keep) if site == "select" else found.tokens
+        until = VISION.layers - (site == "select")  # a method may ask for evidence of the layer behind the last that ran
+        found = vit.encode(VISION, params, tokens, recipe, until=until, keep=limit, key=key, proportional=True)
+        tokens = vit.select(params, found, recipe, keep=keep, text=tokens.x[:, -1]) if site == "select" else found.tokens
         out = vit.head(dataclasses.replace(VISION, pool="cls_mean", out=None), params, tokens)
     return out, tokens, jnp.sum(out.astype(jnp.float32) ** 2)
 
