@@ -15,7 +15,8 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxtok import cli
-from jaxtok.models import hf, load
+from jaxtok.models import encoder, hf, hf_encoders, load
+from jaxtok.models.image import PROCESSORS, Processor
 from tests.evals import tiny
 from tests.models.test_load import HEADER, Bomb, llama2c_file
 
@@ -268,6 +269,43 @@ def test_any_config_is_a_config_or_a_value_error(good, family, changes):
         assert str(e) and "\n" not in str(e)
     else:
         assert hash(cfg) is not None and min(cfg.vocab, cfg.width, cfg.layers, cfg.heads, cfg.head_dim, cfg.hidden, cfg.context) >= 1
+
+
+TOWER = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size", "num_channels", "hidden_act",
+         "qkv_bias", "layer_norm_eps", "mlp_ratio", "use_swiglu_ffn", "num_register_tokens", "vocab_size", "max_position_embeddings", "eos_token_id",
+         "vision_use_head", "vision_config", "text_config", "vision_config_dict"]  # fmt: skip
+
+
+@few
+@hypothesis.given(
+    st.sampled_from([*hf_encoders.FAMILIES, "clip", "siglip", "llava"]), st.sampled_from(hf_encoders.TOWERS), st.dictionaries(st.sampled_from(TOWER), JSON, max_size=5)
+)  # fmt: skip
+def test_any_config_of_an_encoder_is_a_config_or_a_value_error(family, tower, changes):
+    try:
+        cfg = hf_encoders.config_from_hf({"model_type": family} | changes, tower)
+    except ValueError as e:
+        assert str(e) and "\n" not in str(e)
+    else:
+        assert hash(cfg) is not None and min(cfg.width, cfg.layers, cfg.heads, cfg.head_dim, cfg.hidden) >= 1
+        assert cfg.image is None or min(cfg.grid) >= 1
+        if cfg.layers < 100:
+            assert encoder.shapes(cfg)
+
+
+@few
+@hypothesis.given(
+    st.sampled_from(list(PROCESSORS)),
+    st.dictionaries(
+        st.sampled_from(["size", "crop_size", "resample", "do_resize", "do_center_crop", "do_pad", "do_normalize", "rescale_factor", "image_mean", "image_std"]),
+        st.one_of(JSON, st.dictionaries(st.sampled_from(["height", "width", "shortest_edge", "longest_edge"]), st.integers(-2, 2**40))), max_size=4),
+)  # fmt: skip
+def test_any_preprocessor_is_one_or_a_value_error(kind, changes):
+    try:
+        got = Processor.of({"image_processor_type": kind + "ImageProcessor"} | changes)
+    except ValueError as e:
+        assert str(e) and "\n" not in str(e)
+    else:
+        assert hash(got) is not None
 
 
 @pytest.mark.parametrize("how", ["cut in the data", "header of 2**63 bytes", "a pickle"])

@@ -107,9 +107,7 @@ class EncoderConfig:
     layer_scale: bool = False  # DINOv2
     qkv_bias: bool = True
     patch_bias: bool = True
-    pool: str = (
-        "cls"  # what the head reads: cls, cls_dist (two heads, averaged), cls_mean (both, side by side), mean, map, eos (last live row)
-    )
+    pool: str = "cls"  # what the head reads: cls, cls_dist (two heads, averaged), cls_mean (side by side), mean, map, eos (last live row)
     norm_mean: bool = False  # the final norm acts on the mean of the rows, not on the rows
     out: int | None = None  # classes, or channels of a projection; None = no head
     out_bias: bool = True

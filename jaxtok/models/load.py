@@ -250,7 +250,7 @@ def _load_llama2c(path: pathlib.Path, dtype: Any, place: Any, progress: Progress
 
 
 def save(path: str | os.PathLike[str], cfg: Config | EncoderConfig, params: Params, tokenizer: Tokenizer | None = None) -> None:
-    """Write a Hugging Face directory that `load` and transformers read: config.json, safetensors (in shards of 4 GiB), tokenizer.
+    """Write a Hugging Face directory that `load` (of an encoder `load_encoder`) and transformers read: config.json, safetensors (in shards of 4 GiB), tokenizer.
 
     params: layers as a tuple or stacked. Existing files of that name are replaced; a directory with other weights in it is a ValueError.
     """

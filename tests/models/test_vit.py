@@ -229,11 +229,11 @@ def test_keep_is_traced():
         recipe = Recipe(vit=((0, Most(capacity=9)), (1, Most(capacity=8, place="attn"))))
         return vit.encode(CFG, params, vit.embed(CFG, params, images), recipe, keep={"vit": (keep, None)}).tokens
 
-    for keep in (4, 7):
+    for keep in (7, 4):
         got = run(jnp.asarray(keep))
-        small = encode(params, images, Recipe(vit=((0, Most(capacity=keep)),))).tokens
         assert got.x.shape[1] == 8 and np.sum(np.asarray(got.pos) >= 0, -1).tolist() == [keep] * 2 and not got.lost.any()
-        np.testing.assert_allclose(got.x[:, -keep:], small.x, atol=1e-5)
+    small = encode(params, images, Recipe(vit=((0, Most(capacity=4)),))).tokens
+    np.testing.assert_allclose(got.x[:, -4:], small.x, atol=1e-5)
     by_row = run(jnp.asarray([3, 6]))
     assert np.sum(np.asarray(by_row.pos) >= 0, -1).tolist() == [3, 6] and len(traces) == 2  # [] and [b]
     with pytest.raises(TypeError, match=r"keep\['vit'\] counts slots"):
@@ -277,7 +277,7 @@ def test_select():
     params, images = world()
     out = encode(params, images)
     recipe = Recipe(select=Most(capacity=5))
-    got = vit.select(params, out, recipe, keep=jnp.asarray([5, 3]))
+    got = jax.jit(vit.select, static_argnums=2)(params, out, recipe, keep=jnp.asarray([5, 3]))
     assert got.x.shape[1] == 5 and np.sum(np.asarray(got.pos) >= 0, -1).tolist() == [5, 3]
     assert vit.select(params, out, vit.PLAIN) is out.tokens
 
@@ -298,10 +298,13 @@ def test_learned_weights_reach_their_method():
     assert got.x.shape[1] == 4
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_bf16(place):
-    tokens = encode(*world("bfloat16"), Recipe(vit=((0, Pairs(place=place)),)), until=1).tokens
-    assert tokens.x.dtype == jnp.bfloat16 and tokens.size.dtype == jnp.float32 and jnp.isfinite(tokens.x).all()
+def test_bf16():
+    """Reduced at all four places."""
+    recipe = Recipe(vit=((0, Pairs()), (0, Pairs(place="attn")), (1, Pairs(place="around")), (2, Pairs(place="ahead"))))
+    tokens = encode(*world("bfloat16"), recipe).tokens
+    assert tokens.x.dtype == jnp.bfloat16 and tokens.size.dtype == jnp.float32 and tokens.x.shape[1] == 3
+    exact = encode(*world(), recipe).tokens
+    assert tokens.size.tolist() == exact.size.tolist() and 0 < np.abs(tokens.x.astype(jnp.float32) - exact.x).max() < 0.2
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
