@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtok.models import blocks, encoder, hf, hf_encoders, llama2c, tensors
+from jaxtok.models import blocks, encoder, hf, hf_encoders, hf_vlm, llama2c, tensors
 from jaxtok.models.blocks import Params
 from jaxtok.models.config import Config, EncoderConfig
 from jaxtok.models.tensors import Path, Place, Progress
 from jaxtok.models.text import JsonTokenizer, ScoreTokenizer, Tokenizer
+from jaxtok.models.vlm import VlmConfig
 
 Placement = jax.sharding.Sharding | jax.sharding.PartitionSpec
 
@@ -98,7 +99,32 @@ def load_encoder(
                 lambda name: hf_encoders.ignorable(name, cfg, prefix, inner is not raw),
             )
             tensors.check(where, what, table, home, unread)
-            return cfg, tensors.read(table, home, cfg.layers, dtype, place, progress)
+            return cfg, tensors.read(table, home, {"layers": cfg.layers}, dtype, place, progress)
+    except ValueError as e:
+        raise ValueError(str(e) if str(where) in str(e) else f"{where}: {e}") from None
+
+
+def load_vlm(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    sharding: Placement | Mapping[str, Placement] | None = None,
+    progress: Progress | None = None,
+) -> tuple[VlmConfig, Params, Tokenizer | None]:
+    """(cfg, params, tokenizer or None) of a vision-language model (LLaVA-1.5) for `models.vlm`; arguments and errors as in `load`."""
+    dtype, place = _floating(dtype), _placer(sharding)
+    where = find(path)
+    if not (where / "config.json").is_file():
+        raise ValueError(f"{where} is no vision-language model's checkpoint: need a directory with config.json and safetensors")
+    try:
+        cfg = hf_vlm.config_from_hf(tensors.read_json(where / "config.json"))
+        with tensors.opened(where) as home:
+            table = hf_vlm.table(cfg, home)
+            what = f"a {cfg.family} model of its config.json"
+            tensors.check(where, what, table, home, lambda name: hf_vlm.ignorable(name, cfg))
+            layers = {"layers": cfg.text.layers, "vision": cfg.vision.layers}
+            params = tensors.read(table, home, layers, dtype, place, progress)
+        return cfg, params, _hf_tokenizer(where, cfg.text)
     except ValueError as e:
         raise ValueError(str(e) if str(where) in str(e) else f"{where}: {e}") from None
 
@@ -186,7 +212,7 @@ def _load_hf(folder: pathlib.Path, dtype: Any, place: Any, progress: Progress | 
     table = hf.table(cfg)
     with tensors.opened(folder) as home:
         tensors.check(folder, f"a {cfg.family} model of its config.json", table, home, lambda name: hf.ignorable(name, cfg))
-        params = tensors.read(table, home, cfg.layers, dtype, place, progress)
+        params = tensors.read(table, home, {"layers": cfg.layers}, dtype, place, progress)
     return cfg, params, _hf_tokenizer(folder, cfg)
 
 

@@ -135,13 +135,17 @@ def check(where: pathlib.Path, what: str, table: Table, home: Home, ignorable: C
         raise ValueError(f"{where}: the tensors do not fit {what}; {'; '.join(said)}")
 
 
-def read(table: Table, home: Home, layers: int, dtype: Any, place: Place, progress: Progress | None) -> dict[str, Any]:
-    """The parameters of a table that was checked, one tensor in memory at a time; dtype=None: that of the table's first tensor."""
+def read(table: Table, home: Home, layers: Mapping[str, int], dtype: Any, place: Place, progress: Progress | None) -> dict[str, Any]:
+    """The parameters of a table that was checked, one tensor in memory at a time; dtype=None: that of the table's first tensor.
+
+    layers: how many there are of a model ("layers") and of a part of it (its name)."""
     first = next(iter(table))
     dtype = jnp.dtype(FLOATS[home[first].get_slice(first).get_dtype()]) if dtype is None else dtype
     if dtype == jnp.dtype("float64") and not jax.config.read("jax_enable_x64"):
         dtype = jnp.dtype("float32")
-    params: dict[str, Any] = {"layers": tuple({} for _ in range(layers))}
+    params: dict[str, Any] = {}
+    for part, count in layers.items():
+        insert(params, (part, "layers") if part != "layers" else ("layers",), tuple({} for _ in range(count)))
     for done, (name, parts) in enumerate(table.items()):
         at = 0
         for part in parts:
