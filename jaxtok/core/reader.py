@@ -1,5 +1,6 @@
 """Site reader: which slots a query reads. Nothing is lost."""
 
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -34,6 +35,11 @@ class Reader(Method):
     ends: tuple[int, ...] = ()  # token ids that close a sentence
     raw: bool = False  # keys stored unrotated; `read` then says where the keys and the queries stand
     attends: ClassVar[bool] = False  # attends itself (`attend`) instead of naming slots (`read`); no step policy beside it
+
+    @classmethod
+    def sized(cls, capacity: int, given: dict[str, Any]) -> dict[str, Any]:
+        """Fields with which about `capacity` keys are read at a step, beside those `given`."""
+        return {f.name: capacity for f in dataclasses.fields(cls) if f.name in ("budget", "top_k")}  # type: ignore[arg-type]
 
     def start(self, params, layer: int, kv: KV, h: int) -> Any:
         """Per-layer state, kept over steps, for h query heads."""

@@ -90,7 +90,8 @@ def _prefill(cfg, params, ids, live, recipe: Recipe, draft, ask, ahead, **option
         look = recipe.look or 0
         ahead = None if ahead is None else ahead[:, :look]
         return prefill_lookahead(cfg, params, ids, live, recipe, draft, look=look, ahead=ahead, **options)[:2]
-    return decoder.prefill(cfg, params, decoder.embed(cfg, params, ids, live), recipe, **options)
+    ends = () if recipe.reader is None else recipe.reader.ends
+    return decoder.prefill(cfg, params, decoder.embed(cfg, params, ids, live, ends), recipe, **options)
 
 
 def _looking(cfg, params, draft, recipe: Recipe, ids, live, impl: str):
