@@ -16,20 +16,20 @@ CFG, PARAMS, TOKENIZER = tiny.make()
 BUDGETS = ("50%", "25%")
 
 
+SAID = np.random.default_rng(0).integers(1, CFG.vocab, (3, 5)).astype(np.int32)  # a continuation
+LIVE = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], bool)
+
+
 @functools.cache
 def world(aware: bool):
-    """(work, group, reference, rows of a batch)."""
-    made = cases.make("needle", TOKENIZER, lengths=(48,), count=2, seed=0)
-    (g,) = cases.group(made, query_aware=aware)
-    work = measure.Work(CFG, PARAMS, TOKENIZER, 3, 0, 0, grade=True)
-    return work, g, work.reference(g), cases.batches(g, 3)[0]
+    """(group, cases and rows of its batch)."""
+    (g,) = cases.group(cases.make("needle", TOKENIZER, lengths=(48,), count=2, seed=0), query_aware=aware)
+    return g, cases.batches(g, 3)[0]
 
 
 def by_removal(i: int, aware: bool) -> np.ndarray:
     """Layer 0's mass of case i: queries of the question and of the continuation, each attending again without each key of the context."""
-    _, g, reference, (mine, _) = world(aware)
-    case, live = mine[i], np.asarray(reference.live[0][i]) & (np.arange(g.new) < mine[i].example.max_new)
-    said = np.asarray(reference.ids[0][i])[live]
+    case, said = world(aware)[1][0][i], SAID[i][LIVE[i]]
     ids = np.asarray([*case.context, *case.question, *said[:-1]])
     n, keys = len(ids), len(case.context) + (len(case.question) if aware else 0)
     q, k, v = blocks.qkv(CFG, PARAMS["layers"][0], blocks.embed(CFG, PARAMS, jnp.asarray(ids[None])))
@@ -49,17 +49,22 @@ def by_removal(i: int, aware: bool) -> np.ndarray:
 
 @pytest.mark.parametrize("aware", [True, False], ids=["question seen", "question unseen"])
 def test_mass_is_what_removing_each_key_does(aware):
-    _, _, reference, (_, rows) = world(aware)
+    _, (mine, rows) = world(aware)
+    asked = jnp.asarray([len(c.question) if aware else 0 for c in mine] + [0])
+    fn = jax.jit(functools.partial(oracle.mass, CFG, most=int(asked.max()) + aware))
+    masses = fn(PARAMS, rows, asked, jnp.asarray(SAID), jnp.asarray(LIVE))
     for i in range(2):
-        got = np.asarray(reference.mass[0][0][i])
+        got = np.asarray(masses[0][i])
         want = by_removal(i, aware)
         np.testing.assert_allclose(got[:, -want.shape[1] :], want, rtol=2e-3, atol=1e-7)
         assert not got[:, : -want.shape[1]].any()  # padding
-    assert all(np.isfinite(m).all() for m in reference.mass[0])
+    assert all(np.isfinite(m).all() for m in masses)
 
 
 def test_its_slots_hold_most_and_several_budgets_run_as_one():
-    work, g, reference, _ = world(True)
+    g, _ = world(True)
+    work = measure.Work(CFG, PARAMS, TOKENIZER, 3, 0, 0, grade=True)
+    reference = work.reference(g)
     best = work.measure(g, reference, oracle.ORACLE, *BUDGETS)[0]
     other = work.measure(g, reference, "k_norm", *BUDGETS)[0]
     (alone,), _ = work.measure(g, reference, "k_norm", "25%")
