@@ -215,9 +215,9 @@ class Work:
             seconds += [a + b] if i and many == 1 else []
             for j, budget in enumerate(budgets if i < len(todo) else ()):
                 at = lambda x, j=j: np.asarray(x if many == 1 else x[j])
-                facts = [at(said), at(lost), at(count), at(kl).T, at(same).T, np.asarray(reference.live[i])]
                 grades = self._grades(g, reference, i, spec, used, mine, rows, jax.tree.map(at, held), at(where))
-                found[j] += _cases(mine, self.tokenizer, *facts, grades)
+                facts = [at(said), at(lost), at(count), at(kl).T, at(same).T, np.asarray(reference.live[i]), grades]
+                found[j] += _cases(mine, self.tokenizer, *facts)
                 maps += [] if i else [_map(spec, budget, mine[0], at(where)[0], len(mine[0].context))]
         out = []
         for budget, mine in zip(budgets, found, strict=True):
@@ -287,10 +287,10 @@ def keeps(recipe: Recipe, share: jax.Array | None, capacity: int) -> tuple[dict[
     if site is None or share is None or recipe.heads:  # of head groups each has slots of its own
         return None, None
     table = getattr(getattr(recipe, site), "table", ())  # slots of each layer: a budget is that of the average one
-    if table:
-        slots = jnp.asarray(table, jnp.int32)[:, None]
-        share, capacity = (share[None] * slots + capacity // 2) // capacity, slots
     keep = {site: jnp.minimum(share, capacity)}
+    if table:
+        each = jnp.asarray(table, jnp.int32)[:, None]
+        keep = {site: jnp.minimum((share[None] * each + capacity // 2) // capacity, each)}
     return keep, keep if site == "policy" else None
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtok.core import check
 from jaxtok.core.protocols import CacheCompressor, Held, top_slots
 from jaxtok.core.reduce import grow_kv, reduce_kv
 from jaxtok.core.types import Evidence, Needs, Part, Tokens
@@ -60,7 +61,7 @@ def mass(
         if most:
             mine = jnp.arange(most)[None] >= most - asked[:, None]
             (own,) = before[i]
-            given = Evidence(rows=jnp.where(mine[:, None, :, None], own.rows, 0.0))
+            given = Evidence(rows=jnp.where(mine[:, None, :, None], check.given("rows", own.rows), 0.0))
             total = total + worth(layers[i][0].kv, given, most)
         out.append(total)
     return tuple(out)
