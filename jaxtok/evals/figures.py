@@ -58,7 +58,7 @@ def pareto(
         axis.set_axis_off()
     if not panels:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(out, dpi=130)
+    figure.savefig(out, dpi=75 if panels else 130)
     return out
 
 
@@ -83,7 +83,7 @@ def grid(rows: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.Path | No
     full = [line["score"] for line in table if line["method"] == "full"]
     axis.set_title(f"score, question {seen}" + (f" (full: {full[0]:.2f})" if full else ""), fontsize=9)
     figure.colorbar(image, ax=axis, shrink=0.5)
-    figure.savefig(out, dpi=130)
+    figure.savefig(out, dpi=85)
     return out
 
 
