@@ -1,5 +1,6 @@
 """Site reader: which slots a query reads. Nothing is lost."""
 
+import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -36,6 +37,11 @@ class Reader(Method):
     offload: bool = False  # the prompt's part of the arrays in `hosted` stands in host memory
     hosted: ClassVar[tuple[str, ...]] = ()  # of k and v, those that only chosen rows are read of
     attends: ClassVar[bool] = False  # attends itself (`attend`) instead of naming slots (`read`); no step policy beside it
+
+    @classmethod
+    def sized(cls, capacity: int, given: dict[str, Any]) -> dict[str, Any]:
+        """Fields with which about `capacity` keys are read at a step, beside those `given`."""
+        return {f.name: capacity for f in dataclasses.fields(cls) if f.name in ("budget", "top_k")}  # type: ignore[arg-type]
 
     def start(self, params, layer: int, kv: KV, h: int) -> Any:
         """Per-layer state, kept over steps, for h query heads."""

@@ -83,8 +83,9 @@ def build(spec: str, capacity: int) -> Any:
     """The method that a text names, for `capacity` slots: "snapkv", "snapkv:window=32,pool=7", "ada_kv:base=k_norm,alpha=0.3,sinks=4".
 
     Options are fields of the method, or of its `protect` (sinks, recent); those that a wrapper lacks go to its base, a second
-    `base=` included. Entries of a tuple are joined by "+": "per_layer:weights=3+2+1". A reader, which has no capacity, reads as many
-    pages as make `capacity` keys, unless `pages=` is given.
+    `base=` included. Entries of a tuple are joined by "+": "per_layer:weights=3+2+1". Methods in a tuple get every option that they know:
+    "chain:methods=snapkv+think,window=16". A reader, which has no capacity, reads about `capacity` keys (`Reader.sized`), unless the field
+    that says so is given.
 
     ValueError, one line: an unknown method or option (with the known ones), a value of another type, an option given twice or
     `capacity` among them, and what the method itself refuses.
@@ -131,7 +132,7 @@ def _make(spec: str, name: str, options: list[tuple[str, str]], capacity: int) -
         elif key in given or key in given.get(guard, {}):
             raise ValueError(f"{spec!r}: {key} is given twice")
         elif key in fields and key != guard:
-            given[key] = value if key == "base" else _parse(spec, key, value, fields[key])
+            given[key] = value if key in ("base", "methods") else _parse(spec, key, value, fields[key])
         elif guard and key in _fields(Protect):
             given.setdefault(guard, {})[key] = _parse(spec, key, value, int)
         else:
@@ -143,10 +144,14 @@ def _make(spec: str, name: str, options: list[tuple[str, str]], capacity: int) -
         given["base"], left = _make(spec, inner, left, capacity)
         if not isinstance(given["base"], fields["base"]):
             raise ValueError(f"{spec!r}: {name} needs a {fields['base'].__name__} as its base, which {inner} is not")
+    if "methods" in given:
+        inner = {n.strip(): _known(get(n.strip())) for n in given["methods"].split("+")}
+        given["methods"] = tuple(_make(spec, n, [o for o in left if o[0] in known], capacity)[0] for n, known in inner.items())
+        left = [o for o in left if not any(o[0] in known for known in inner.values())]
     if "capacity" in fields:
         given["capacity"] = capacity
-    elif "pages" in fields and "pages" not in given:
-        given["pages"] = max(1, capacity // given.get("block", cls.block))
+    elif hasattr(cls, "sized"):
+        given = cls.sized(capacity, given) | given
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in given and _required(f)]
     if missing:
         raise ValueError(f"{spec!r}: {name} needs {', '.join(missing)}")

@@ -17,7 +17,7 @@ from jaxtok.core.recipe import Recipe
 from jaxtok.core.registry import parse_budget
 from jaxtok.decode import Sampler, prefill, reread, turns
 from jaxtok.decode.prefill import Draft, check_draft
-from jaxtok.evals import cases, measure
+from jaxtok.evals import cases, compiled, measure
 from jaxtok.evals.cases import Rows
 from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
@@ -210,10 +210,10 @@ def up(n: int) -> int:
 def _begin(cfg: Config, recipe: Recipe, again, small: Config | None, draft, room: int, params, rows: Rows, keep, after, key):
     """(the row whose logits say what comes first, caches with `room` slots); `again`: options of a prefill that reads twice, `small` and
     `draft`: configuration and parameters of a draft model."""
-    new, given = measure.ahead(recipe, rows, room), None if small is None else (small, draft)
+    new, given = compiled.ahead(recipe, rows, room), None if small is None else (small, draft)
     tokens, layers = prefill(cfg, params, rows.ids, rows.live, recipe, new=new, draft=given, ask=dict(again), keep=keep, key=key)
     if rows.ask is not None:
-        tokens, layers = measure._ask(
+        tokens, layers = compiled.ask(
             cfg, recipe.replace(prompt=None, cache=None), room, params, rows.ask, rows.ask_live, layers, after, key
         )
     return tokens.x[:, -1:], layers

@@ -11,6 +11,7 @@ leave some heads whole, that share of the static length on average, see `evals.h
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import os
@@ -97,8 +98,8 @@ def fitted(
 ) -> tuple[tuple[str, ...], list[str]]:
     """Specs made to work at `capacity` on this model (and `draft` model), and notes on what was changed or (`leave_out`) left out.
 
-    Of a bare name, a window that has no room (or the sinks of a method that leaves some heads whole) is made a power of two that leaves two
-    thirds of the capacity free; the new spec says so.
+    Of a bare name, a window that has no room (or the sinks of a method that leaves some heads whole, the last tokens of a reader) is made a
+    power of two that leaves two thirds of the capacity free; the new spec says so.
     Specs with options stay as they are. ValueError for what does not work, unless it may be left out.
     """
     good, notes = [], []
@@ -115,12 +116,13 @@ def fitted(
             good.append(spec)
         except ValueError as e:
             size = 2 ** max(0, int(math.log2(max(1, heads.room(spec, capacity) // 3))))
-            option = f"{'sinks' if heads.told_apart(spec) else 'window'}={size}"
-            try:
-                works(f"{spec}:{option}")
-                good.append(f"{spec}:{option}")
-                notes.append(f"{spec} has {option}, so that it fits into {capacity} slots")
-            except ValueError:
+            for option in (f"{'sinks' if heads.told_apart(spec) else 'window'}={size}", f"n_init=4,n_local={size}"):
+                with contextlib.suppress(ValueError):
+                    works(f"{spec}:{option}")
+                    good.append(f"{spec}:{option}")
+                    notes.append(f"{spec} has {option}, so that it fits into {capacity} slots")
+                    break
+            else:
                 if not leave_out:
                     raise e from None
                 notes.append(f"left out: {e}")
@@ -188,9 +190,9 @@ def run(
         reference = work.reference(g)
         tick("the full model")
         for spec, budget in plan:
-            more, map_ = work.measure(g, reference, spec, budget)
+            more, maps = work.measure(g, reference, spec, budget)
             rows += more
-            kept.append(map_)
+            kept += maps
             tick(f"{spec} at {budget}")
     if windows is not None:
         for spec, budget in plan:

@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtok.evals import report
 
 MARKS = "osD^v<>pPX*h"
+BYTES = {"cache_bytes": "cache of one sequence, KiB (all arrays)", "step_bytes": "moved for one token of one sequence, KiB"}
 
 
 def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, np.ndarray]:
@@ -21,30 +22,68 @@ def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def pareto(rows: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.Path | None:
-    """Mean score against the bytes of a sequence's cache, a line a method; the full model is the dashed line. None without scores."""
+def pareto(
+    rows: Sequence[dict[str, Any]], out: pathlib.Path, panels: Mapping[str, str] | None = None, cost: str = "cache_bytes"
+) -> pathlib.Path | None:
+    """Mean score against the bytes of a sequence's cache (or another `cost`), a line a method; the full model is the dashed line.
+
+    `panels`: method -> title of the panel that it goes to, where one would be too full. None without scores.
+    """
     table = [line for line in report.summary(rows) if line["score"] is not None]
     if not table:
         return None
-    figure, axes = _new(8.5, 5.0)
+    titles = list(dict.fromkeys((panels or {}).values())) or [""]
+    across = min(2, len(titles))
+    figure, axes = _new(8.5 if len(titles) == 1 else 7.0 * across, 5.0 * -(-len(titles) // across), -(-len(titles) // across), across)
+    for axis, title in zip(axes.flat, titles, strict=False):
+        here = [n for n in dict.fromkeys(line["method"] for line in table) if n == "full" or not panels or panels.get(n) == title]
+        for i, name in enumerate(here):
+            mine = sorted((line for line in table if line["method"] == name), key=lambda line: line[cost])
+            x, y = [line[cost] / 1024 for line in mine], [line["score"] for line in mine]
+            if name == "full":
+                axis.axhline(y[0], color="0.4", linestyle="--", linewidth=1)
+                axis.plot(x, y, marker="*", markersize=13, color="0.2", linestyle="", label=name)
+            else:
+                axis.plot(x, y, marker=MARKS[i % len(MARKS)], color=f"C{i % 10}", linewidth=1.3, alpha=0.85, label=name)
+        axis.set_xscale("log")
+        axis.set_xlabel(BYTES[cost])
+        axis.set_ylabel(f"score, mean of {', '.join(report.tasks_of(rows))}")
+        axis.set_ylim(-0.03, 1.03)
+        axis.grid(alpha=0.3, which="both")
+        seen = "question seen when compressing" if rows[0].get("query_aware") else "question not seen when compressing"
+        axis.set_title(f"{title}, {seen}" if title else seen, fontsize=10)
+        if panels:
+            axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=6.5)
+    for axis in axes.flat[len(titles) :]:
+        axis.set_axis_off()
+    if not panels:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.savefig(out, dpi=75 if panels else 130)
+    return out
+
+
+def grid(rows: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.Path | None:
+    """Heat map of the mean score, a row a method (best on top), a column a budget; the full model's is in the title. None without scores."""
+    table = [line for line in report.summary(rows) if line["score"] is not None]
+    names, budgets = ([*dict.fromkeys(line[k] for line in table if line["method"] != "full")] for k in ("method", "budget"))
+    if not names:
+        return None
+    cells = {(line["method"], line["budget"]): line["score"] for line in table}
+    values = np.array([[cells.get((n, b), math.nan) for b in budgets] for n in names])
+    order = np.argsort(-np.nanmean(values, 1), kind="stable")
+    values, names = values[order], [names[i] for i in order]
+    figure, axes = _new(3.2 + 0.75 * len(budgets), 1.2 + 0.2 * len(names))
     axis = axes[0, 0]
-    names = list(dict.fromkeys(line["method"] for line in table))
-    for i, name in enumerate(names):
-        mine = sorted((line for line in table if line["method"] == name), key=lambda line: line["cache_bytes"])
-        x, y = [line["cache_bytes"] / 1024 for line in mine], [line["score"] for line in mine]
-        if name == "full":
-            axis.axhline(y[0], color="0.4", linestyle="--", linewidth=1)
-            axis.plot(x, y, marker="*", markersize=13, color="0.2", linestyle="", label=name)
-        else:
-            axis.plot(x, y, marker=MARKS[i % len(MARKS)], color=f"C{i % 10}", linewidth=1.3, alpha=0.85, label=name)
-    axis.set_xscale("log")
-    axis.set_xlabel("cache of one sequence, KiB (all arrays)")
-    axis.set_ylabel(f"score, mean of {', '.join(report.tasks_of(rows))}")
-    axis.set_ylim(-0.03, 1.03)
-    axis.grid(alpha=0.3, which="both")
-    axis.set_title("question seen when compressing" if rows[0].get("query_aware") else "question not seen when compressing")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    figure.savefig(out, dpi=130)
+    image = axis.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", interpolation="nearest")
+    for i, j in np.argwhere(np.isfinite(values)):
+        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6.5)
+    axis.set_xticks(range(len(budgets)), budgets, fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    seen = "seen" if rows[0].get("query_aware") else "not seen"
+    full = [line["score"] for line in table if line["method"] == "full"]
+    axis.set_title(f"score, question {seen}" + (f" (full: {full[0]:.2f})" if full else ""), fontsize=9)
+    figure.colorbar(image, ax=axis, shrink=0.5)
+    figure.savefig(out, dpi=85)
     return out
 
 

@@ -1,10 +1,14 @@
-"""One method at one budget on one group of cases: what it answers, how near it stays to the full model, what it costs."""
+"""One method on one group of cases: what it answers, how near it stays to the full model, what it costs.
+
+At one budget in programs of that budget's shapes, or at several in one program: `keep` is traced, so the arrays of the largest budget serve
+all of them and the prompt is read once; what a budget costs is then counted in its own shapes, by tracing.
+"""
 
 import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,13 +17,11 @@ import numpy as np
 
 from jaxtok.core import registry
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.types import live_count
-from jaxtok.decode import generate, prefill, replay, reread
+from jaxtok.decode import reread
 from jaxtok.decode.prefill import Draft
-from jaxtok.evals import agreement, cases, heads, perplexity, tasks
+from jaxtok.evals import agreement, cases, compiled, heads, oracle, perplexity, tasks
 from jaxtok.evals.cases import Group, Rows
 from jaxtok.evals.programs import Program, Programs, nbytes, timed
-from jaxtok.models import decoder
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN
 from jaxtok.models.text import Tokenizer
@@ -54,7 +56,7 @@ class Used(NamedTuple):
     recipe: Recipe
     capacity: int
     params: Any
-    draft: Any  # a draft model's parameters; None where the recipe does without
+    draft: Any  # a draft model's parameters; None where the recipe does without (the oracle: what it knows)
     prefill: Program
     ask: Program | None  # the question after it; None when the prefill has it
     decode: Program
@@ -68,6 +70,7 @@ class Reference(NamedTuple):
     ids: list[jax.Array]  # i32 [b new], 0 after the end
     live: list[jax.Array]  # bool [b new]
     logits: list[jax.Array]  # f32 [new b vocab]
+    mass: list[oracle.Mass]  # what each key is worth to the question and to `ids`; empty unless asked for
 
 
 @dataclasses.dataclass(eq=False)
@@ -81,6 +84,8 @@ class Work:
     repeats: int
     seed: int
     draft: Draft | None = None
+    grade: bool = False  # how much of the oracle's mass each method holds
+    learned: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # method -> parameters of its own, in the place of `init_params`
     programs: Programs = dataclasses.field(default_factory=Programs)
 
     def __post_init__(self):
@@ -90,50 +95,71 @@ class Work:
     def settled(self, spec: str, budget: str, n: int) -> tuple[Recipe, int, Any]:
         """(recipe, slots, parameters with those of the methods where they have any) of a budget for contexts of n tokens."""
         capacity, params = cases.slots(registry.parse_budget(budget), n), self.params
+        if spec == oracle.ORACLE:
+            return Recipe(cache=oracle.Foreseen(capacity=capacity)), capacity, params
         if heads.told_apart(spec):
             recipe, params = self.splits.at(spec, capacity, n, f" at {budget}")
         else:
             recipe = recipe_of(spec, capacity)
         own = recipe.init_params(self.key, self.cfg)
+        own |= {site: self.learned[m.name] for site in own if (m := getattr(recipe, site)) and getattr(m, "name", None) in self.learned}
         return recipe, capacity, params | {"methods": own} if jax.tree.leaves(own) else params
 
     def draft_of(self, recipe: Recipe) -> tuple[Config | None, Any]:
         """The draft model, where the recipe looks at one."""
         return (None, None) if self.draft is None or recipe.drafts is None else self.draft
 
-    def programs_of(self, g: Group, spec: str, budget: str) -> Used:
-        """What a method at a budget runs on the shapes of a group; compiled unless they are there already."""
-        size = registry.parse_budget(budget)
-        recipe, capacity, params = self.settled(spec, budget, g.context)
+    def programs_of(self, g: Group, spec: str, *budgets: str, run: bool = True) -> Used:
+        """What a method at a budget, or at several at once, runs on the shapes of a group; compiled unless they are there already.
+
+        `run`: False = only traced.
+        """
+        biggest = max(budgets, key=lambda b: cases.slots(registry.parse_budget(b), g.context))
+        recipe, capacity, params = self.settled(spec, biggest, g.context)
         later = recipe.replace(prompt=None, cache=None)
         small, draft = self.draft_of(recipe)
         _, rows = cases.batches(g, self.batch)[0]
-        keep, after = keeps(recipe, cases.keep(size, rows.live), capacity)
-        fn = functools.partial(_prefill, self.cfg, recipe, g.new, reread.request(self.tokenizer.encode), small)
-        begin = self.programs.get(
-            "prefill", (recipe, g.new), fn, (params, draft, rows, keep, self.key), trips=max((recipe.look or 0) - 1, 0)
-        )
+        keep, after = self.budgets(recipe, capacity, rows, budgets)
+        get, many = functools.partial(self.programs.get, run=run), len(budgets)
+        # the budget's axis leads wherever something depends on it
+        over = lambda fn, *axes: fn if many == 1 else jax.vmap(fn, in_axes=axes)
+        fn = functools.partial(compiled.prompt, self.cfg, recipe, g.new, reread.request(self.tokenizer.encode), small)
+        if spec == oracle.ORACLE:
+            draft = (jax.ShapeDtypeStruct((self.batch, self.cfg.kv_heads, g.context), jnp.float32),) * self.cfg.layers
+        fn, trips = over(fn, None, None, None, 0, None), max((recipe.look or 0) - 1, 0)
+        begin = get("prefill", (recipe, g.new, many), fn, (params, draft, rows, keep, self.key), trips=trips)
         tokens, layers, *_ = begin.out
-        ask = None
+        own, ask = 0 if after is not None else None, None
         if rows.ask is not None:
-            fn = functools.partial(_ask, self.cfg, later, g.new)
-            ask = self.programs.get("ask", (later, g.new), fn, (params, rows.ask, rows.ask_live, layers, after, self.key))
+            fn = over(functools.partial(compiled.ask, self.cfg, later, g.new), None, None, None, 0, own, None)
+            ask = get("ask", (later, g.new, many), fn, (params, rows.ask, rows.ask_live, layers, after, self.key))
             tokens, layers = ask.out
-        fn = functools.partial(_decode, self.cfg, later, g.new)
+        fn = over(functools.partial(compiled.answer, self.cfg, later, g.new), None, 0, 0, own, None)
         state = (params, tokens, layers, after, self.key)
-        decode = self.programs.get("decode", (later, g.new), fn, state, donate=(2,), trips=g.new - 1)
+        decode = get("decode", (later, g.new, many), fn, state, donate=(2,), trips=g.new - 1)
         ids = jax.ShapeDtypeStruct((self.batch, g.new), jnp.int32)
         live = jax.ShapeDtypeStruct(ids.shape, jnp.bool)
         logits = jax.ShapeDtypeStruct((g.new, self.batch, self.cfg.vocab), jnp.float32)
-        compare = self.programs.get("compare", later, functools.partial(_compare, self.cfg, later), (*state, ids, live, logits))
+        fn = over(functools.partial(compiled.compare, self.cfg, later), None, 0, 0, own, None, None, None, None)
+        compare = get("compare", (later, many), fn, (*state, ids, live, logits)) if run else decode
         return Used(recipe, capacity, params, draft, begin, ask, decode, compare, nbytes(layers))
 
-    def begin(self, used: Used, rows: Rows, keep: Any, after: Any) -> tuple[Any, ...]:
-        """(tokens, caches, kept slots, where they are) when the question has been read."""
-        tokens, layers, count, where = used.prefill.call(used.params, used.draft, rows, keep, self.key)
+    def budgets(self, recipe: Recipe, capacity: int, rows: Rows, budgets: Sequence[str]) -> tuple[Any, Any]:
+        """Traced budgets of the prefill and of the steps, those of several stacked. ValueError where several have nothing to differ in."""
+        each = [keeps(recipe, cases.keep(registry.parse_budget(b), rows.live), capacity) for b in budgets]
+        if len(each) == 1:
+            return each[0]
+        if each[0][0] is None:
+            raise ValueError(f"{', '.join(budgets)}: this method takes no traced budget; measure one at a time")
+        stack = lambda parts: None if parts[0] is None else jax.tree.map(lambda *x: jnp.stack(x), *parts)
+        return stack([a for a, _ in each]), stack([b for _, b in each])
+
+    def begin(self, used: Used, rows: Rows, keep: Any, after: Any, known: Any = None) -> tuple[Any, ...]:
+        """(tokens, caches, kept slots, where they are, positions of the slots) when the question has been read. `known`: to the oracle."""
+        tokens, layers, count, where, held = used.prefill.call(used.params, used.draft if known is None else known, rows, keep, self.key)
         if used.ask is not None:
             tokens, layers = used.ask.call(used.params, rows.ask, rows.ask_live, layers, after, self.key)
-        return tokens, layers, count, where
+        return tokens, layers, count, where, held
 
     def logits_of(self, g: Group) -> tuple[Used, Program]:
         """The full model's programs."""
@@ -141,13 +167,15 @@ class Work:
         tokens, layers, *_ = used.ask.out if used.ask is not None else used.prefill.out
         ids = jax.ShapeDtypeStruct((self.batch, g.new), jnp.int32)
         live = jax.ShapeDtypeStruct(ids.shape, jnp.bool)
-        return used, self.programs.get("logits", None, functools.partial(_logits, self.cfg), (self.params, tokens, layers, ids, live))
+        return used, self.programs.get(
+            "logits", None, functools.partial(compiled.logits, self.cfg), (self.params, tokens, layers, ids, live)
+        )
 
     def reference(self, g: Group) -> Reference:
         """The full model's greedy continuation of every case, and its logits along it."""
-        out = Reference([], [], [])
+        out = Reference([], [], [], [])
         used, logits = self.logits_of(g)
-        for _, rows in cases.batches(g, self.batch):
+        for mine, rows in cases.batches(g, self.batch):
             tokens, layers, *_ = self.begin(used, rows, None, None)
             said = used.decode.call(self.params, tokens, layers, None, self.key)[0]
             live, ids = said >= 0, jnp.maximum(said, 0)
@@ -155,36 +183,72 @@ class Work:
             out.ids.append(ids)
             out.live.append(live)
             out.logits.append(logits.call(self.params, tokens, layers, ids, live))
+            if self.grade:
+                out.mass.append(self.mass(g, self.params, mine, rows, ids, live))
         return out
 
-    def measure(self, g: Group, reference: Reference, spec: str, budget: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """(the rows of a method at a budget, the map of what it kept of the first case)."""
-        used = self.programs_of(g, spec, budget)
-        size, params = registry.parse_budget(budget), used.params
+    def mass(self, g: Group, params: Any, mine: Sequence[cases.Case], rows: Rows, ids: jax.Array, live: jax.Array) -> oracle.Mass:
+        """What each key of a batch is worth to the question and to what the answer takes of the continuation."""
+        size = lambda count: jnp.asarray([count(c) for c in mine] + [0] * (self.batch - len(mine)), jnp.int32)
+        asked = size(lambda c: 0 if g.question else len(c.question))
+        live = live & (jnp.arange(live.shape[1])[None] < size(lambda c: c.example.max_new)[:, None])
+        most = 0 if g.question else max(len(c.question) for c in g.cases)
+        fn = functools.partial(oracle.mass, self.cfg, most=most)
+        return self.programs.get("mass", most, fn, (params, rows, asked, ids, live)).call(params, rows, asked, ids, live)
+
+    def measure(self, g: Group, reference: Reference, spec: str, *budgets: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """(the rows of a method at each budget, maps of what each kept of the first case). Several budgets run as one and are not timed."""
+        used, many = self.programs_of(g, spec, *budgets), len(budgets)
         seconds: list[float] = []
-        found: list[dict[str, Any]] = []
-        map_: dict[str, Any] = {}
+        found: list[list[dict[str, Any]]] = [[] for _ in budgets]
+        maps: list[dict[str, Any]] = []
         todo = cases.batches(g, self.batch)
         # the first run of a program pays for its buffers and is not timed; runs beyond the batches are for the clock only
-        for i in range(max(len(todo), self.repeats + 1)):
+        for i in range(max(len(todo), self.repeats + 1 if self.repeats and many == 1 else 0)):
             mine, rows = todo[i % len(todo)]
-            keep, after = keeps(used.recipe, cases.keep(size, rows.live), used.capacity)
-            (tokens, layers, count, where), a = timed(self.begin, used, rows, keep, after)
+            keep, after = self.budgets(used.recipe, used.capacity, rows, budgets)
+            known = reference.mass[i] if spec == oracle.ORACLE else None
+            (tokens, layers, count, where, held), a = timed(self.begin, used, rows, keep, after, known)
             if i < len(todo):
                 target = reference.ids[i], reference.live[i], reference.logits[i]
-                kl, same = used.compare.call(params, tokens, layers, after, self.key, *target)
-            (said, lost, _), b = timed(used.decode.call, params, tokens, layers, after, self.key)
-            seconds += [a + b] if i else []
-            if i < len(todo):
-                first = jnp.sum(where[:, :SINKS], -1)
-                facts = [np.asarray(x) for x in (said, lost, count, first, kl.T, same.T, reference.live[i])]
-                found += _cases(mine, self.tokenizer, *facts)
-            if i == 0:
-                map_ = _map(spec, budget, mine[0], np.asarray(where[0]), len(mine[0].context))
-        facts = self._facts(spec, budget, used, statistics.median(seconds), g.new)
-        return [row(facts, [f for f in found if f["case"] == where]) for where in dict.fromkeys(f["case"] for f in found)], map_
+                kl, same = used.compare.call(used.params, tokens, layers, after, self.key, *target)
+            (said, lost, _), b = timed(used.decode.call, used.params, tokens, layers, after, self.key)
+            seconds += [a + b] if i and many == 1 else []
+            for j, budget in enumerate(budgets if i < len(todo) else ()):
+                at = lambda x, j=j: np.asarray(x if many == 1 else x[j])
+                grades = self._grades(g, reference, i, spec, used, mine, rows, jax.tree.map(at, held), at(where))
+                facts = [
+                    at(said),
+                    at(lost),
+                    at(count),
+                    at(where)[:, :SINKS].sum(-1),
+                    at(kl).T,
+                    at(same).T,
+                    np.asarray(reference.live[i]),
+                    grades,
+                ]
+                found[j] += _cases(mine, self.tokenizer, *facts)
+                maps += [] if i else [_map(spec, budget, mine[0], at(where)[0], len(mine[0].context))]
+        out = []
+        for budget, mine in zip(budgets, found, strict=True):
+            own = used if many == 1 else self.programs_of(g, spec, budget, run=False)
+            facts = self._facts(spec, budget, own, statistics.median(seconds) if seconds else None, g.new)
+            out += [row(facts, [f for f in mine if f["case"] == where]) for where in dict.fromkeys(f["case"] for f in mine)]
+        return out, maps
 
-    def _facts(self, spec: str, budget: str, used: Used, seconds: float, new: int) -> dict[str, Any]:
+    def _grades(self, g: Group, reference: Reference, i: int, spec: str, used: Used, mine, rows: Rows, held, where: np.ndarray):
+        """The oracle's share for each case of a batch; NaN where nobody asked, and for readers, which lose nothing."""
+        if not self.grade or used.recipe.reader is not None:
+            return np.full(self.batch, np.nan)
+        worth = reference.mass[i]
+        if used.recipe.heads:  # its heads stand in another order
+            worth = self.mass(g, used.params, mine, rows, reference.ids[i], reference.live[i])
+        if used.recipe.prompt is not None:  # positions in the caches are those of the short prompt, alike for all heads
+            kept = np.where(where > 0.5, np.arange(where.shape[1]), -1)[:, None]
+            held = [[np.repeat(kept, self.cfg.kv_heads, 1)]] * self.cfg.layers
+        return oracle.share(worth, np.asarray(rows.live).sum(-1), held)
+
+    def _facts(self, spec: str, budget: str, used: Used, seconds: float | None, new: int) -> dict[str, Any]:
         b, decode = self.batch, used.decode
         begin = [p for p in (used.prefill, used.ask) if p is not None]
         peaks = [p.peak for p in (*begin, decode) if p.peak is not None]
@@ -232,11 +296,15 @@ def keeps(recipe: Recipe, share: jax.Array | None, capacity: int) -> tuple[dict[
     site = next((name for name in ("prompt", "cache", "policy") if getattr(recipe, name) is not None), None)
     if site is None or share is None or recipe.heads:  # of head groups each has slots of its own
         return None, None
+    table = getattr(getattr(recipe, site), "table", ())  # slots of each layer: a budget is that of the average one
     keep = {site: jnp.minimum(share, capacity)}
+    if table:
+        each = jnp.asarray(table, jnp.int32)[:, None]
+        keep = {site: jnp.minimum((share[None] * each + capacity // 2) // capacity, each)}
     return keep, keep if site == "policy" else None
 
 
-def _cases(mine, tokenizer, said, lost, count, first, kl, same, live) -> list[dict[str, Any]]:
+def _cases(mine, tokenizer, said, lost, count, first, kl, same, live, grades) -> list[dict[str, Any]]:
     """What is known of each case of a batch; rows past the cases are padding."""
     out = []
     for i, case in enumerate(mine):
@@ -252,6 +320,7 @@ def _cases(mine, tokenizer, said, lost, count, first, kl, same, live) -> list[di
                 "kept": float(count[i]),
                 "lost": float(lost[i]),
                 "sinks": float(first[i]),
+                "oracle": float(grades[i]),
                 "said": text,
                 "wanted": list(case.example.answers),
             }
@@ -263,14 +332,16 @@ def row(facts: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
     """One row: means over the cases of a task and length.
 
     score: string match. kl (nats), top1: on the full model's continuation. kept, lost: live slots after compression, and rows without
-    room, a layer and KV head. sinks: how many of the first SINKS tokens are among the kept ones (attention sinks stand there). capacity: static slots asked for. Per sequence: cache_bytes (arrays allocated, with room for question and
+    room, a layer and KV head. sinks: how many of the first SINKS tokens are among the kept ones. oracle: share of the oracle's mass (`evals.oracle`) in the slots that were kept; None where nobody asked, and
+    for readers. capacity: static slots asked for. Per sequence: cache_bytes (arrays allocated, with room for question and
     continuation), prefill_flops, prefill_bytes. Per sequence and generated token: step_flops, step_bytes. Per batch: peak_bytes,
-    compile_s (of its programs, also where another row compiled them), time_s (median of prefill + generation).
+    compile_s (of its programs, also where another row compiled them), time_s (median of prefill + generation); None, 0 and None where
+    several budgets ran as one.
     """
     task, length = found[0]["case"]
     mean = lambda name: float(np.nanmean(v)) if np.isfinite(v := [f[name] for f in found]).any() else None
     row = {"method": facts["method"], "budget": facts["budget"], "task": task, "length": length, "cases": len(found)}
-    row |= {name: mean(name) for name in ("score", "kl", "top1", "kept", "lost", "sinks")} | {
+    row |= {name: mean(name) for name in ("score", "kl", "top1", "kept", "lost", "sinks", "oracle")} | {
         k: v for k, v in facts.items() if k not in row
     }
     row["each"] = [{"depth": f["depth"] if math.isfinite(f["depth"]) else None, "score": f["score"]} for f in found]
@@ -289,64 +360,3 @@ def _map(spec: str, budget: str, case, where: np.ndarray, n: int) -> dict[str, A
         "context": n,
         "kept": [round(float(x), 3) for x in where],
     }
-
-
-# --- what is compiled -------------------------------------------------------------------------------------------------
-
-
-def _prefill(cfg: Config, recipe: Recipe, new: int, ask: Mapping[str, Any], small: Config | None, params, draft, rows: Rows, keep, key):
-    """(tokens cut to the last row or None, caches, kept slots [b], share of layers and heads that kept each position [b n])."""
-    given: Any = None if small is None else (small, draft)
-    room = ahead(recipe, rows, new)
-    tokens, layers = prefill(cfg, params, rows.ids, rows.live, recipe, new=room, draft=given, ask=ask, keep=keep, key=key)
-    pos = [part.pos for parts in layers for part in parts]
-    heads = sum(p.shape[1] for p in pos)
-    count = sum(jnp.sum(live_count(p), -1) for p in pos).astype(jnp.float32) / heads  # type: ignore[union-attr]
-    b, n = rows.ids.shape
-    where = jnp.zeros((b, n + 1), jnp.float32)
-    for p in pos:
-        p = p.reshape(b, -1)
-        where = where.at[jnp.arange(b)[:, None], jnp.where((p < 0) | (p > n), n, p)].add(1.0)
-    where = where[:, :n] / heads
-    if recipe.prompt is not None:  # positions in the caches are those of the short prompt
-        there, order = tokens.source >= 0, jnp.where(rows.live, jnp.cumsum(rows.live, -1, dtype=jnp.int32) - 1, n)
-        short = jnp.take_along_axis(tokens.pos, jnp.maximum(tokens.source, 0), 1)
-        share = jnp.where(there, jnp.take_along_axis(where, jnp.clip(short, 0, n - 1), 1), 0.0)
-        where = jnp.zeros((b, n + 1), jnp.float32).at[jnp.arange(b)[:, None], order].set(share)[:, :n]
-    # where a question follows, nothing reads the rows after the last layer, and the compiler drops their MLP
-    return _last(tokens) if rows.ask is None else None, layers, count, where
-
-
-def ahead(recipe: Recipe, rows: Rows, new: int) -> int:
-    """Room that a prefill leaves behind the context: the question makes its own, but for heads that are left whole beside a step policy."""
-    return new if rows.ask is None else rows.ask.shape[1] + new if recipe.heads else 0
-
-
-def _ask(cfg: Config, recipe: Recipe, new: int, params, ids, live, layers, keep, key):
-    """The question after the compressed context -> (tokens cut to the last row, caches)."""
-    tokens = decoder.embed(cfg, params, ids, live, recipe.ends)
-    if recipe.policy is not None:  # as it would be while generating: one row after another
-        x, layers = decoder.step(cfg, params, tokens.x, tokens.pos >= 0, layers, recipe, keep=keep, key=key)
-        return _last(tokens._replace(x=x)), layers
-    tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers, keep=keep, key=key)
-    return _last(tokens), layers
-
-
-def _last(tokens):
-    return tokens._replace(x=tokens.x[:, -1:], pos=tokens.pos[:, -1:])
-
-
-def _decode(cfg: Config, recipe: Recipe, new: int, params, tokens, layers, keep, key):
-    """(ids i32 [b new], lost rows a layer and head f32 [b], caches)."""
-    out = generate(cfg, params, tokens, layers, recipe, new=new, keep=keep, key=key)
-    return out.ids, heads.average(out.layers, lambda part: part.kv.lost), out.layers
-
-
-def _compare(cfg: Config, recipe: Recipe, params, tokens, layers, keep, key, ids, live, logits):
-    """(KL f32 [t b], same first token bool [t b]) along the full model's continuation."""
-    mine, _ = replay(cfg, params, tokens, layers, ids, recipe, live=live, keep=keep, key=key)
-    return agreement.divergence(logits, mine)
-
-
-def _logits(cfg: Config, params, tokens, layers, ids, live):
-    return replay(cfg, params, tokens, layers, ids, live=live)[0]

@@ -13,7 +13,7 @@ from jaxtok.evals import cost
 class Program(NamedTuple):
     """A compiled function and what is known of it before it runs."""
 
-    call: Callable[..., Any]
+    call: Callable[..., Any]  # raises where the program was only traced
     out: Any  # shapes and dtypes of what it returns
     compile_s: float  # wall seconds for tracing, lowering and compiling, beside whatever else was compiling
     flops: float  # of one call, counted from the jaxpr
@@ -34,19 +34,28 @@ class Programs:
         return len(self._held)
 
     def get(
-        self, name: str, static: Any, fn: Callable[..., Any], args: Sequence[Any], *, donate: tuple[int, ...] = (), trips: int | None = None
+        self,
+        name: str,
+        static: Any,
+        fn: Callable[..., Any],
+        args: Sequence[Any],
+        *,
+        donate: tuple[int, ...] = (),
+        trips: int | None = None,
+        run: bool = True,
     ) -> Program:
         """The program of `fn(*args)`; args are arrays or shapes. `static`: hashable, all that `fn` depends on besides `args`.
 
-        `trips`: how often its while loops run, for the counts. `donate`: args whose buffers the call may use up.
+        `trips`: how often its while loops run, for the counts. `donate`: args whose buffers the call may use up. `run`: False = only traced,
+        for what it would return and cost.
         """
         leaves, tree = jax.tree.flatten(args)
-        key = (name, static, tree, tuple((x.shape, str(x.dtype)) for x in leaves))
+        key = (name, static, tree, tuple((x.shape, str(x.dtype)) for x in leaves), run)
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         with lock:
             if key not in self._held:
-                self._held[key] = _compile(fn, args, donate, trips)
+                self._held[key] = (_compile if run else _trace)(fn, args, donate, trips)
         return self._held[key]
 
 
@@ -55,13 +64,24 @@ def _compile(fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...
     traced = jax.jit(fn, donate_argnums=donate).trace(*args)
     compiled = traced.lower().compile()
     seconds = time.perf_counter() - start
-    counted = cost.count_jaxpr(traced.jaxpr, trips=trips)
     try:
         peak = cost.peak_memory(compiled)
     except NotImplementedError:
         peak = None
+    return _known(traced, compiled, seconds, peak, trips)
+
+
+def _trace(fn: Callable[..., Any], args: Sequence[Any], donate: tuple[int, ...], trips: int | None) -> Program:
+    def call(*_: Any) -> Any:
+        raise RuntimeError("this program was traced for its costs only (run=False)")
+
+    return _known(jax.jit(fn, donate_argnums=donate).trace(*args), call, 0.0, None, trips)
+
+
+def _known(traced: Any, call: Callable[..., Any], seconds: float, peak: int | None, trips: int | None) -> Program:
+    counted = cost.count_jaxpr(traced.jaxpr, trips=trips)
     out = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), traced.out_info)
-    return Program(compiled, out, seconds, counted.flops, counted.bytes, counted.unknown, peak)
+    return Program(call, out, seconds, counted.flops, counted.bytes, counted.unknown, peak)
 
 
 def timed(call: Callable[..., Any], *args: Any) -> tuple[Any, float]:

@@ -40,7 +40,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             line["tasks"][task] = _mean([r["score"] for r in these], [r["cases"] for r in these])
         scores = list(line["tasks"].values())
         line["score"] = _mean(scores, [1] * len(scores))
-        for name in ("kl", "top1", "kept", "lost", "sinks", *COSTS):
+        for name in ("kl", "top1", "kept", "lost", "sinks", "oracle", *COSTS):
             source = scored if scored or name not in ("kept", "lost", "compile_s") else mine
             values, w = [r.get(name) for r in source], weights if source is scored else [r["cases"] for r in source]
             known = [v for v in values if v is not None]
@@ -123,11 +123,11 @@ def clean(value: Any) -> Any:
     return value
 
 
-def write(path: str | os.PathLike[str], document: dict[str, Any]) -> pathlib.Path:
+def write(path: str | os.PathLike[str], document: dict[str, Any], indent: int | None = 1) -> pathlib.Path:
     """The document as JSON in `path`, replaced in one go."""
     path = pathlib.Path(path)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(clean(document), indent=1, allow_nan=False) + "\n")
+    part.write_text(json.dumps(clean(document), indent=indent, allow_nan=False) + "\n")
     os.replace(part, path)
     return path
 

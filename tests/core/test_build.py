@@ -24,6 +24,16 @@ from jaxtok.core.types import Protect
         ("per_layer:base=k_norm,capacities=64+32", m.PerLayer(base=m.KNorm(capacity=100), capacities=(64, 32))),
         ("quest", m.Quest(pages=6)),
         ("quest:block=8,pages=5", m.Quest(pages=5, block=8)),
+        ("tidaldecode:dense_layers=0", m.TidalDecode(top_k=100, dense_layers=0)),
+        ("recycled:top_k=7", m.RecycledAttention(top_k=7)),
+        ("sentencekv.reader", m.SentenceKV(budget=100)),
+        ("tokenselect:n_init=4,n_local=16", m.TokenSelect(top_k=80, n_init=4, n_local=16)),
+        ("landmark:block=20", m.Landmark(top_k=5, block=20)),
+        ("chain:methods=snapkv+think,window=16", m.Chain(methods=(m.SnapKV(capacity=100, window=16), m.ThinK(window=16)))),
+        (
+            "chain:methods=key_diff+k_norm,sinks=2",
+            m.Chain(methods=tuple(c(capacity=100, protect=Protect(sinks=2)) for c in (m.KeyDiff, m.KNorm))),
+        ),
     ],
 )
 def test_build(spec, want):
@@ -45,7 +55,8 @@ def test_build(spec, want):
         ("snapkv:capacity=4", "the capacity is the budget's to say"),
         ("snapkv:window", "'window' is not option=value"),
         ("chain", "chain needs methods"),
-        ("chain:methods=a+b", "methods cannot be given as text"),
+        ("chain:methods=a+b", "unknown method 'a'"),
+        ("chain:methods=snapkv+k_norm,alpha=2", "no option alpha; chain has methods"),
         ("ada_kv:base=h2o", "ada_kv needs a CacheScorer as its base, which h2o is not"),
     ],
 )

@@ -22,7 +22,10 @@ _CHANNELS = "channels of keys are dropped, no tokens"
 _MERGED = "rows are merged, not dropped"
 RECYCLED = ("recycled", "recycled:threshold")
 EXEMPT: dict[tuple[str, str], str] = {
-    **{(name, "rows_dropped_equals_masked"): _MERGED for name in ("tome", "visionzip", "visiondrop.select", "aim.select", "prumerge", "prumerge:plus", "pool_rows", "vflowopt.select")},
+    **{
+        (name, "rows_dropped_equals_masked"): _MERGED
+        for name in ("tome", "visionzip", "visiondrop.select", "aim.select", "prumerge", "prumerge:plus", "pool_rows", "vflowopt.select")
+    },
     ("hiprune:qwen", "rows_full_budget"): "rows that are picked as anchors and again as registers count once: fewer than the budget stay",
     **{(name, "rows_full_budget"): "each row that stays takes in its neighbours" for name in ("prumerge", "prumerge:plus")},
     ("key_rerotation", "dropped_equals_masked"): _MOVED,

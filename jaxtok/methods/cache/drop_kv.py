@@ -31,8 +31,8 @@ class DropKV(CacheScorer):
     p: attention of the window over all keys that the query sees. r is exact: leaving out one key rescales the others by 1 / (1 - p_ij).
     So the score is the squared error of each eviction by itself, summed over the window: an oracle to hold other scores against, blind
     only to what several evictions do together and to queries beyond the window. A key that nobody attends to scores 0, and so does one
-    whose value is the output itself. 1 - p is held over 1e-6: a query that sees one key only says that this key matters to it or not
-    at all (r = 0 there, since o = v).
+    whose value is the output itself. A query that sees one key only says nothing (r = 0: there is no output without it). Where a key takes
+    more than half of a query, 1 - p and o - v cancel; there o without it is summed from the other keys.
 
     `recent`: newest tokens that stay whatever their score (None = `window`; our reading: the last keys are seen by few of its queries).
     Time O(w h n d); memory O(h n d), one query at a time.
@@ -61,10 +61,16 @@ class DropKV(CacheScorer):
         b, g, s, _ = kv.k.shape
         v = jnp.where((kv.pos >= 0)[..., None], kv.v.astype(jnp.float32), 0.0)[:, :, None]  # [b g 1 s c]
 
+        def mean(p):
+            return jnp.einsum("bgqs,bgsc->bgqc", p, v[:, :, 0])
+
         def add(total, p):  # p [b g q s]: one query of each head
-            out = jnp.einsum("bgqs,bgsc->bgqc", p, v[:, :, 0])
-            gap = jnp.sum((v - out[:, :, :, None]) ** 2, -1)
-            return total + jnp.sum((p / jnp.maximum(1.0 - p, 1e-6)) ** 2 * gap, 2), None
+            most = p > 0.5
+            rest = jnp.where(most, 0.0, p)
+            left = jnp.sum(rest, -1, keepdims=True)  # 1 - p of the key over a half, to all its digits
+            out, without = mean(p), mean(rest / jnp.where(left > 0, left, 1.0))
+            gap = jnp.sum((v - jnp.where(most[..., None], without[:, :, :, None], out[:, :, :, None])) ** 2, -1)
+            return total + jnp.sum(jnp.where(most, jnp.where(left > 0, p, 0.0), p / (1.0 - rest)) ** 2 * gap, 2), None
 
         each = jnp.moveaxis(grouped(rows, g), 3, 0)
         return jax.lax.scan(add, jnp.zeros((b, g, s), jnp.float32), each)[0]

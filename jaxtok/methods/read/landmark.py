@@ -52,6 +52,10 @@ class Landmark(Reader):
     raw: bool = True
     attends = True
 
+    @classmethod
+    def sized(cls, capacity: int, given: dict[str, Any]) -> dict[str, Any]:
+        return {"top_k": max(1, capacity // given.get("block", cls.block))}
+
     def __post_init__(self):
         check.at_least("top_k", self.top_k, 1)
         check.at_least("block", self.block, 2)

@@ -49,6 +49,10 @@ class Quest(Reader):
     dense_layers: int = 2
     group: str = "max"
 
+    @classmethod
+    def sized(cls, capacity: int, given: dict[str, Any]) -> dict[str, Any]:
+        return {"pages": max(1, capacity // given.get("block", cls.block))}
+
     def __post_init__(self):
         check.count("pages", self.pages, 1)
         check.count("block", self.block, 1)

@@ -72,6 +72,10 @@ class TokenSelect(Reader):
     raw: bool = True
     hosted = ("v",)
 
+    @classmethod
+    def sized(cls, capacity: int, given: dict[str, Any]) -> dict[str, Any]:
+        return {"top_k": max(1, capacity - given.get("n_init", cls.n_init) - given.get("n_local", cls.n_local))}
+
     def __post_init__(self):
         for name, least in (("top_k", 1), ("n_init", 0), ("n_local", 1), ("block", 1), ("kernel", 1)):
             check.at_least(name, getattr(self, name), least)

@@ -58,6 +58,14 @@ def test_a_query_that_sees_one_key_says_nothing():
     np.testing.assert_array_equal(toys.scorer(DropKV(capacity=3, window=2))(kv, toys.look(q, kv, 2)), 0.0)
 
 
+def test_a_key_that_takes_nearly_all():
+    """1 - p under what float32 can tell from 1: without it the output is the mean of the others, (3 * 1 + 5) / 4 = 2, not 0."""
+    rows = jnp.asarray([[[[3e-9, 1e-9, 1.0]], [[0.0, 0.0, 1.0]]]])  # of the second query it is the only key
+    kv = toys.cache(np.zeros((1, 1, 3, 1)), np.array([1.0, 5.0, 9.0]).reshape(1, 1, 3, 1))
+    got = toys.scorer(DropKV(capacity=2, window=1))(kv, Evidence(rows=rows))[0, 0]
+    np.testing.assert_allclose(got, [(3e-9 * 8) ** 2, (1e-9 * 4) ** 2, 49], rtol=1e-5)
+
+
 def test_grades_other_scores():
     """Of single evictions none does less harm to the window than the oracle's, and its ranking is the true one."""
     q, kv = toys.problem(3, live=(24, 24))
