@@ -20,8 +20,21 @@ _FOLDED = "what goes is folded into what stays"
 _MEAN = "what is dropped stays in one token, their mean"
 _CHANNELS = "channels of keys are dropped, no tokens"
 _MERGED = "rows are merged, not dropped"
+_MERGERS = (
+    "tome",
+    "tome.kth",
+    "tome.random",
+    "tomesd",
+    "pitome",
+    "pitome:bsm",
+    "pitome:text",
+    "turbo",
+    "mctf",
+    "mctf:recompute",
+    "mctf:behind",
+)
 EXEMPT: dict[tuple[str, str], str] = {
-    **{(name, "rows_dropped_equals_masked"): _MERGED for name in ("tome",)},
+    **{(name, "rows_dropped_equals_masked"): _MERGED for name in _MERGERS},
     ("key_rerotation", "dropped_equals_masked"): _MOVED,
     ("key_rerotation-ada_kv", "dropped_equals_masked"): _MOVED,
     ("streaming_llm:compact", "dropped_equals_masked"): _MOVED,
