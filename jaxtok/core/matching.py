@@ -13,7 +13,9 @@ from jaxtok.core.types import SPECIAL, Evidence, Plan, Tokens
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
     """Rows of length one, float32; a zero row stays zero."""
     x = x.astype(jnp.float32)
-    return x * lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), jnp.finfo(jnp.float32).tiny))
+    square = jnp.sum(x * x, -1, keepdims=True)
+    some = square > jnp.finfo(jnp.float32).tiny
+    return x * jnp.where(some, lax.rsqrt(jnp.where(some, square, 1.0)), 0.0)  # both, or the gradient of a zero row is NaN
 
 
 def cosine(a: Float[Array, "*B n d"], b: Float[Array, "*B m d"]) -> Float[Array, "*B n m"]:

@@ -21,20 +21,13 @@ _MEAN = "what is dropped stays in one token, their mean"
 _CHANNELS = "channels of keys are dropped, no tokens"
 _MERGED = "rows are merged, not dropped"
 _MERGERS = (
-    "tome",
-    "tome.kth",
-    "tome.random",
-    "tomesd",
-    "pitome",
-    "pitome:bsm",
-    "pitome:text",
-    "turbo",
-    "mctf",
-    "mctf:recompute",
-    "mctf:behind",
+    *("tome", "tome.kth", "tome.random", "tomesd", "pitome", "pitome:bsm", "pitome:text", "turbo", "mctf", "mctf:recompute", "mctf:behind"),
+    *("token_transforming", "token_transforming:received", "evit", "code_merge", "code_merge:learned", "mustdrop.vit"),
+    *("mustdrop.vit:threshold", "expedit", "crossget", "crossget:llava", "crossget:cross"),
 )
 EXEMPT: dict[tuple[str, str], str] = {
     **{(name, "rows_dropped_equals_masked"): _MERGED for name in _MERGERS},
+    ("crossget:cross", "rows_full_budget"): "the cross token, which is trained, is seen by all rows whatever is merged",
     ("key_rerotation", "dropped_equals_masked"): _MOVED,
     ("key_rerotation-ada_kv", "dropped_equals_masked"): _MOVED,
     ("streaming_llm:compact", "dropped_equals_masked"): _MOVED,
