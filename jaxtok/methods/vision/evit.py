@@ -46,8 +46,8 @@ class EViT(Reducer):
         check.count("special", self.special, 0)
         if self.capacity is not None:
             check.count("capacity", self.capacity)
-        elif not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio is the fraction of rows kept, in (0, 1], got {self.ratio}")
+        else:
+            check.share("ratio", self.ratio)
 
     @property
     def needs(self) -> Needs:

@@ -62,8 +62,8 @@ class MCTF(Reducer):
         check.count("special", self.special, 0)
         check.one_of("when", self.when, tuple(WHEN))
         check.one_of("pooling", self.pooling, POOLING)
-        if min(self.tau_sim, self.tau_info, self.tau_size) < 0:
-            raise ValueError(f"temperatures must be >= 0 (0 = off), got {self.tau_sim}, {self.tau_info}, {self.tau_size}")
+        for name in ("tau_sim", "tau_info", "tau_size"):
+            check.at_least(name, getattr(self, name), 0)
 
     @property
     def at(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -56,6 +56,7 @@ class MustDropVit(Reducer):
 
     def __post_init__(self):
         check.count("window", self.window, 2)
+        check.real("threshold", self.threshold)
         if self.most is not None:
             check.count("most", self.most, 0)
 

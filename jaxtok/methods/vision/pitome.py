@@ -67,8 +67,10 @@ class PiToMe(Reducer):
         check.count("special", self.special, 0)
         if self.remove is not None:
             check.count("remove", self.remove, 0)
-        elif not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio is the fraction of rows kept, in (0, 1], got {self.ratio}")
+        else:
+            check.share("ratio", self.ratio)
+        for name in ("margin", "alpha") + (() if self.fall is None else ("fall",)):
+            check.real(name, getattr(self, name))
         if self.kernel == "gauss" and not self.margin < 1:
             raise ValueError(f"the Gaussian energy has deviation 1 - margin; margin must be below 1, got {self.margin}")
 

@@ -53,8 +53,8 @@ class ToMeSD(Reducer):
         check.count("sy", self.sy)
         if self.remove is not None:
             check.count("remove", self.remove, 0)
-        elif not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio is the fraction of rows kept, in (0, 1], got {self.ratio}")
+        else:
+            check.share("ratio", self.ratio)
 
     @property
     def needs(self) -> Needs:

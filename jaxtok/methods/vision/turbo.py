@@ -48,6 +48,8 @@ class Turbo(Reducer):
         check.count("remove", self.remove, 0)
         check.count("threshold", self.threshold, 0)
         check.count("special", self.special, 0)
+        for name in ("alpha", "beta", "gamma"):
+            check.real(name, getattr(self, name))
 
     @property
     def needs(self) -> Needs:
