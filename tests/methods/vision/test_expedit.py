@@ -1,5 +1,6 @@
 """Expedit against its formulas, the official outputs and its limits."""
 
+import dataclasses
 import functools
 
 import jax
@@ -125,6 +126,10 @@ def test_official_outputs(data):
         np.testing.assert_allclose(w, case["attention_l2"], atol=5e-5)
         np.testing.assert_allclose(jnp.einsum("bpm,bmc->bpc", w, case["z"]), case["out"], atol=2e-4)
         np.testing.assert_allclose(back, case["out"][..., : x.shape[-1]], atol=2e-4)
+        nearest = dataclasses.replace(method, k=1)  # one cluster, whose weight is 1: the naive way back
+        np.testing.assert_allclose(
+            run(nearest, pixels(x), jnp.asarray(case["z"][..., : x.shape[-1]]))[2], case["out_naive_unpool"][..., : x.shape[-1]], atol=1e-5
+        )
 
 
 def test_official_windows(data):

@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import reduce
 from jaxtok.core.types import SPECIAL, Evidence
 from jaxtok.methods import KthToMe, RandomToMe, ToMe
 from jaxtok.methods.vision.tome import schedule
+from jaxtok.models import encoder, vit
+from jaxtok.models.config import EncoderConfig
 from tests.methods.golden import cases
 from tests.methods.vision.toyrows import normal, rows, unit
 
@@ -202,6 +205,19 @@ def test_merging_exact_duplicates_is_undone_exactly():
     _, out = merged(rows(x, 0), x, 6)
     np.testing.assert_allclose(np.asarray(out.x)[0][np.asarray(out.source)[0]], x[0], atol=1e-6)
     assert np.asarray(out.size).sum() == 12
+
+
+def test_proportional_attention_of_merged_duplicates_is_exact():
+    """An image whose patches come in equal pairs: merged from the first layer on, the class row's output is that of all rows."""
+    cfg = EncoderConfig(width=8, layers=3, heads=2, hidden=12, image=(8, 8), patch=(2, 2), channels=3, final_norm=False)
+    params = encoder.init(cfg, jax.random.key(0))
+    params["layers"] = tuple(p | {"q": p["q"] * 3, "k": p["k"] * 3} for p in params["layers"])
+    x = jnp.concatenate([jnp.asarray(normal(8, 2, 1, 8)), jnp.repeat(jnp.asarray(normal(9, 2, 8, 8)), 2, 1)], 1)
+    recipe = Recipe(vit=((0, ToMe(remove=8)),))
+    run = lambda r: jax.jit(lambda t: vit.encode(cfg, params, t, r, proportional=True).tokens)(rows(x))
+    out, want = run(recipe), run(Recipe())
+    assert (np.asarray(out.size)[:, 1:] == 2).all() and out.x.shape[1] == 9
+    np.testing.assert_allclose(np.take_along_axis(np.asarray(out.x), np.asarray(out.source)[..., None], 1), want.x, atol=1e-5)
 
 
 def test_bad_input():
