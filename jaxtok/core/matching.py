@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import check
 from jaxtok.core.reduce import expand
+from jaxtok.core.select import identity
 from jaxtok.core.types import SPECIAL, Evidence, Plan, Tokens
 
 
@@ -43,6 +44,8 @@ def bipartite(
     Each source looks at its best target (ties: the first); the `remove` sources of highest best score go (ties: the first), at most `most`.
     """
     check.count("most", most, 0)
+    if score.ndim != 3:
+        raise ValueError(f"score is {list(score.shape)}; it must be [b sources targets]")
     if not score.shape[1] or not score.shape[2] or not most:
         return jnp.full(source.shape, -1, jnp.int32), jnp.full(source.shape, -jnp.inf, jnp.float32)
     score = jnp.where(target[:, None], score.astype(jnp.float32), -jnp.inf)
@@ -100,8 +103,11 @@ def even_odd(tokens: Tokens, score: Float[Array, "b i j"], remove: Int[Array, " 
     """ToMe's plan: the `remove` best even rows join their best odd ones, weighted by size; what stays of the even rows, then the odd.
 
     `score` [even, odd] goes by the live rows in order (`packed_order`). `sort`: what stays of the even rows by falling score.
+    most=0: nothing moves.
     """
-    n = tokens.pos.shape[1]
+    _, n = tokens.pos.shape
+    if not most:
+        return identity(tokens.pos.shape)
     order = packed_order(tokens.pos >= 0)
     free, here = (jnp.take_along_axis(x, order, 1) for x in (movable(tokens), tokens.pos >= 0))
     partner, best = bipartite(score, free[:, ::2], free[:, 1::2], remove, most)

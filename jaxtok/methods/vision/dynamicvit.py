@@ -48,9 +48,8 @@ class DynamicViT(Reducer):
 
     def init_params(self, key, cfg):
         c = cfg.width
-        if c % 4:
-            raise ValueError(f"the predictor halves the width twice; width={c} must be a multiple of 4")
-        sizes = {"in": (c, c), "mid1": (c, c // 2), "mid2": (c // 2, c // 4), "out": (c // 4, 2)}
+        half, quarter = max(c // 2, 1), max(c // 4, 1)
+        sizes = {"in": (c, c), "mid1": (c, half), "mid2": (half, quarter), "out": (quarter, 2)}
         keys = jax.random.split(key, len(sizes))
         out = {name: a**-0.5 * jax.random.normal(k, (a, b)) for k, (name, (a, b)) in zip(keys, sizes.items(), strict=True)}
         return (

@@ -33,7 +33,7 @@ def layout(grid: tuple[int, int], clusters: tuple[int, int], neighbours: int) ->
 
 def distances(a: Float[Array, "v n c"], b: Float[Array, "v m c"]) -> Float[Array, "v n m"]:
     """|a_i - b_j|^2, float32."""
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    a, b = (jnp.clip(x.astype(jnp.float32), -1e17, 1e17) for x in (a, b))  # squares stay finite
     square = lambda x: jnp.sum(x * x, -1)
     product = jnp.einsum("vnc,vmc->vnm", a, b, precision=jax.lax.Precision.HIGHEST)
     return jnp.maximum(square(a)[..., None] + square(b)[:, None] - 2 * product, 0.0)
@@ -49,7 +49,7 @@ def cluster(
     q, near = q.astype(jnp.float32), jnp.asarray(near)[None]
     c = mean(q)
     for _ in range(iterations):
-        far = jnp.where(near, -tau * jnp.swapaxes(distances(x, c), 1, 2), -jnp.inf)
+        far = jnp.where(near, jnp.maximum(-tau * jnp.swapaxes(distances(x, c), 1, 2), -1e30), -jnp.inf)
         q = jnp.where(there[:, None], jax.nn.softmax(far, 1), 0.0)
         c = mean(q)
     return q, c

@@ -10,6 +10,7 @@ from jaxtok.core.matching import bipartite, by_falling, cosine, merge_plan, mova
 from jaxtok.core.protocols import Held
 from jaxtok.core.reducer import Reducer
 from jaxtok.core.registry import register
+from jaxtok.core.select import identity
 from jaxtok.core.types import Evidence, Needs, Plan, Tokens
 
 WHEN = {"ahead": "ahead", "recompute": "block", "behind": "block"}
@@ -77,8 +78,10 @@ class MCTF(Reducer):
         return n - max(min(self.remove, max(n - self.special, 0) // 2, n - self.least), 0)
 
     def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan]:
-        n = tokens.pos.shape[1]
+        _, n = tokens.pos.shape
         room, live = self.count(n, n), tokens.pos >= 0
+        if room == n and keep is None:
+            return state, identity(tokens.pos.shape)
         order = packed_order(live)
         take = lambda a: jnp.take_along_axis(a, order, 1)
         here, free = take(live), take(movable(tokens))
@@ -87,7 +90,8 @@ class MCTF(Reducer):
         r = removal(live, keep, n - room, room, spare)
         probs = check.given("probs", evidence.probs).astype(jnp.float32)
         got = jnp.sum(jnp.mean(probs, 1), 1) / jnp.maximum(alive, 1).astype(jnp.float32)
-        got = jnp.where(live, jnp.maximum(got, jnp.finfo(jnp.float32).tiny * 1e4), 1.0)
+        top = lambda a: jnp.maximum(jnp.max(jnp.where(live, a, 0.0), -1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        got = jnp.where(live, jnp.maximum(got / top(got), 1e-30), 1.0)  # only ratios matter
         size = jnp.where(live & (tokens.size > 0), tokens.size, 1.0)
         score = self._scores(tokens.x, got, size, live, order)
         first = r // 2 if self.both else r
@@ -104,7 +108,7 @@ class MCTF(Reducer):
         rank = jnp.where(here & (into == row), rank, -1)
         into = jnp.take_along_axis(into, into, 1)  # a row that joined B goes where that B goes
         into = jnp.where(here, jnp.take_along_axis(order, into, 1), -1)
-        weight = {"attention": got * size, "size": size, "mean": jnp.ones_like(size)}[self.pooling]
+        weight = {"attention": got * (size / top(size)), "size": size, "mean": jnp.ones_like(size)}[self.pooling]
         return state, merge_plan(scatter(order, rank), scatter(order, into), jnp.where(live, weight, 0.0), room)
 
     def _scores(self, x, got, size, live, order):

@@ -69,7 +69,7 @@ class MustDropVit(Reducer):
         return n - (0 if self.most is None else min(self.most, n_kind // size) * (size - 1))
 
     def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan]:
-        n, full = tokens.pos.shape[1], self.window**2
+        (_, n), full = tokens.pos.shape, self.window**2
         live, free = tokens.pos >= 0, movable(tokens) & (tokens.cell[..., 0] >= 0)
         where = tokens.cell // self.window
         same = jnp.all(where[:, :, None] == where[:, None], -1) & free[:, :, None] & free[:, None]

@@ -12,6 +12,7 @@ from jaxtok.core.protocols import Held
 from jaxtok.core.reducer import Reducer
 from jaxtok.core.registry import register
 from jaxtok.core.score import energy
+from jaxtok.core.select import identity
 from jaxtok.core.types import Evidence, Needs, Plan, Tokens
 
 SPLITS = ("alternate", "halves", "bsm")
@@ -88,8 +89,10 @@ class PiToMe(Reducer):
         return n - min(remove, rows // 2)
 
     def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan]:
-        n = tokens.pos.shape[1]
+        _, n = tokens.pos.shape
         room, free, live = self.count(n, n), movable(tokens), tokens.pos >= 0
+        if room == n and keep is None:
+            return state, identity(tokens.pos.shape)
         v = mean_keys(evidence) if self.metric == "keys" else tokens.x
         like, paper = cosine(v, v), self.variant == "paper"
         kind = "gauss" if self.kernel == "gauss" else "cut" if paper else "elu"

@@ -55,7 +55,7 @@ class ToMe(Reducer):
         return n - min(self.remove, max(n - self.special, 0) // 2)
 
     def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan]:
-        n = tokens.pos.shape[1]
+        _, n = tokens.pos.shape
         room, live = self.count(n, n), tokens.pos >= 0
         most = n // 2 if keep is not None else n - room
         metric = mean_keys(evidence, packed_order(live))
@@ -100,7 +100,7 @@ class KthToMe(Reducer):
         return n - spare + max(spare // self.k, min(spare, 1))
 
     def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan]:
-        n = tokens.pos.shape[1]
+        _, n = tokens.pos.shape
         free, room = movable(tokens), self.count(n, n)
         number = jnp.sum(free, -1, keepdims=True, dtype=jnp.int32)
         run = jnp.full_like(number, self.k)
@@ -146,7 +146,7 @@ class RandomToMe(Reducer):
         return n - min(self.remove, max(n - self.special - 1, 0))
 
     def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan]:
-        n = tokens.pos.shape[1]
+        _, n = tokens.pos.shape
         free, live, room = movable(tokens), tokens.pos >= 0, self.count(n, n)
         remove = removal(live, keep, n - room, room, jnp.maximum(jnp.sum(free, -1, dtype=jnp.int32) - 1, 0))
         drawn = choose(by_order(drawing_key(evidence, self.seed), tokens.pos), free, remove)

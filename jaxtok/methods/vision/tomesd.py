@@ -60,13 +60,15 @@ class ToMeSD(Reducer):
     def needs(self) -> Needs:
         return Needs()
 
+    def asked(self, free: int) -> int:
+        return int(free * (1 - self.ratio)) if self.remove is None else self.remove
+
     def count(self, n: int, n_kind: int) -> int:
         free = max(n - self.special, 0)
-        remove = int(free * (1 - self.ratio)) if self.remove is None else self.remove
-        return n - min(remove, free - free // (self.sx * self.sy))
+        return n - min(self.asked(free), free - free // (self.sx * self.sy))
 
     def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan]:
-        n, stride = tokens.pos.shape[1], self.sy * self.sx
+        (_, n), stride = tokens.pos.shape, self.sy * self.sx
         row, column = tokens.cell[..., 0], tokens.cell[..., 1]
         free = movable(tokens) & (row >= 0) & (column >= 0)
         high, wide = (jnp.max(jnp.where(free, a, -1), -1, keepdims=True) + 1 for a in (row, column))
@@ -80,6 +82,6 @@ class ToMeSD(Reducer):
         target = jnp.zeros_like(first).at[jnp.arange(first.shape[0])[:, None], order].set(first)
         source = free & ~target & jnp.any(target, -1, keepdims=True)
         room = self.count(n, n)
-        remove = removal(tokens.pos >= 0, keep, n - room, room, jnp.sum(source, -1, dtype=jnp.int32))
+        remove = removal(tokens.pos >= 0, keep, self.asked(max(n - self.special, 0)), room, jnp.sum(source, -1, dtype=jnp.int32))
         ones = jnp.ones(free.shape, jnp.float32)
         return state, join(tokens, cosine(tokens.x, tokens.x), source, target, remove, n, room, weight=ones)

@@ -62,7 +62,7 @@ class Turbo(Reducer):
         return n if n < self.threshold else n - min(self.remove, max(n - self.special, 0) // 2)
 
     def plan(self, params, state: Held, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan]:
-        n = tokens.pos.shape[1]
+        _, n = tokens.pos.shape
         room, live = self.count(n, n), tokens.pos >= 0
         most = 0 if n < self.threshold else n // 2 if keep is not None else n - room
         order = packed_order(live)

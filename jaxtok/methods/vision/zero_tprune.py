@@ -83,7 +83,7 @@ class ZeroTPrune(Reducer):
         return jnp.sqrt(jnp.sum(heads[..., None] * s * s, 1) / jnp.sum(heads, -1, keepdims=True))
 
     def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan]:
-        n = tokens.pos.shape[1]
+        _, n = tokens.pos.shape
         live, free, room = tokens.pos >= 0, movable(tokens), self.count(n, n)
         probs, metric = check.given("probs", evidence.probs), mean_keys(evidence)
         number = jnp.sum(free, -1, dtype=jnp.int32)

@@ -110,14 +110,15 @@ def compare(case, suffix=""):
     mode = str(case["mode"]) if str(case["mode"]) == "llava" else "text" if "token_id" in case else "image"
     x, n = case["x"], case["x"].shape[1]
     eot = case["token_id"].argmax(-1) if mode == "text" else ()
-    method = CrossGET(remove=int(case["r"]), mode=mode, special=3 if mode == "text" else 2)
+    method = CrossGET(remove=int(case["r"]), mode=mode, special=(2 + (mode == "text")) * bool(case["class_token"]))
     one = lambda a: jnp.asarray(a)[:, None]
     if mode == "llava":
         probs = case["attn_mean_heads"]
         evidence = Evidence(keys=one(case["k"]), received=one(probs.sum(1)), rows=jnp.asarray(probs[:, None, -1:]))
     else:
         evidence = Evidence(keys=one(case["k"]), turned=one(case["q"] if mode == "text" else case["q"][:, -1:]))
-    tokens = placed(x, case["token_size"][..., 0], eot)
+    some = bool(case["class_token"])
+    tokens = placed(x, case["token_size"][..., 0], eot) if some else rows(x, 0, size=case["token_size"][..., 0])
     plan, out, importance = merged(method, tokens, evidence)
     assert out.x.shape[1] == n - int(case["r_eff"])
     np.testing.assert_allclose(importance, case["importance"], atol=2e-6)

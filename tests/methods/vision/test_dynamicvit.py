@@ -95,5 +95,3 @@ def test_schedule():
 def test_bad_input():
     with pytest.raises(ValueError):
         DynamicViT(capacity=0)
-    with pytest.raises(ValueError):
-        DynamicViT(capacity=2).init_params(jax.random.key(0), EncoderConfig(width=6, layers=1, heads=1, hidden=4))

@@ -120,7 +120,8 @@ def test_official_fusion(data):
             n, r = x.shape[1], float(case["r"])
             size = case[f"size_in{step}"][..., 0] if f"size_in{step}" in case else np.ones(x.shape[:2])
             method = MCTF(
-                remove=int((n - special) * r) if r < 1 else int(r),
+                remove=int(case[f"r_eff{step}"]) if r < 1 else int(r),  # a ratio: so many rows, whatever is left
+                least=0 if r < 1 else 10,
                 **{f"tau_{name}": float(case[f"tau_{name}"]) for name in ("sim", "info", "size")},
                 both=bool(case["bidirection"]),
                 pooling=POOLING[int(case["pooling_type"])],
