@@ -71,27 +71,32 @@ def test_constants_stay_constant():
     np.testing.assert_allclose(out.x, 2.5, atol=1e-6)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def tome(method, tokens, metric):
+    """(plan, rows, the plan as a matrix)."""
+    _, plan = method.plan({}, method.start({}, tokens), tokens, Evidence(keys=metric[:, None]))
+    return plan, reduce(plan, tokens), compose.dense(plan).w
+
+
 def test_blocks_of_equal_rows_are_merged_as_tome_does():
     """Rows alike within a block and orthogonal to the others: sharp mixing is the mean of the block, which is ToMe's row."""
     base = np.eye(4, dtype=np.float32)
     x = np.concatenate([base, base])[None, [0, 4, 1, 5, 2, 6, 3, 7]]
     seen = np.tile(np.array([0, 1], np.float32), 4)[None, None]
     plan, out = transformed(TokenTransforming(capacity=4, tau=1e5, special=0), rows(x, 0), jnp.asarray(seen))
-    tome = ToMe(remove=4, special=0)
-    merge = tome.plan({}, tome.start({}, rows(x, 0)), rows(x, 0), Evidence(keys=jnp.asarray(x)[:, None]))[1]
-    want = reduce(merge, rows(x, 0))
+    _, want, matrix = tome(ToMe(remove=4, special=0), rows(x, 0), jnp.asarray(x))
     np.testing.assert_allclose(out.x, want.x, atol=1e-6)
-    np.testing.assert_allclose(plan.w, compose.dense(merge).w, atol=1e-6)
+    np.testing.assert_allclose(plan.w, matrix, atol=1e-6)
     np.testing.assert_allclose(out.size, want.size, atol=1e-5)
 
 
 def test_a_plan_of_tome_is_such_a_matrix():
     x = normal(5, 2, 13, 4)
-    tokens, tome = rows(x, size=np.random.default_rng(0).integers(1, 4, (2, 13))), ToMe(remove=5)
-    plan = tome.plan({}, tome.start({}, tokens), tokens, Evidence(keys=jnp.asarray(normal(6, 2, 13, 5))[:, None]))[1]
-    as_matrix = DensePlan(compose.dense(plan).w, plan.index)
-    for name, a in reduce(as_matrix, tokens)._asdict().items():
-        np.testing.assert_allclose(a, getattr(reduce(plan, tokens), name), atol=1e-5, err_msg=name)
+    tokens = rows(x, size=np.random.default_rng(0).integers(1, 4, (2, 13)))
+    plan, want, matrix = tome(ToMe(remove=5), tokens, jnp.asarray(normal(6, 2, 13, 5)))
+    found = jax.jit(lambda w, index: reduce(DensePlan(w, index), tokens))(matrix, plan.index)
+    for name, a in found._asdict().items():
+        np.testing.assert_allclose(a, getattr(want, name), atol=1e-5, err_msg=name)
 
 
 def test_rows_come_back():
