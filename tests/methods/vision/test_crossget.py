@@ -164,18 +164,22 @@ def test_cross_token_in_an_encoder():
     tokens = vit.embed(CFG, params, jax.random.normal(jax.random.key(2), (2, 8, 8, 3)))
     plain = lambda t, first, last: vit.encode(CFG, params | {"layers": params["layers"][first:last] * 3}, t, until=1).tokens
     c0, c1 = (entry["cross"] for entry in params["methods"]["vit"])
-    x = method.begin({}, tokens)
-    x = plain(x._replace(x=x.x.at[:, -1].set(c0[None])), 0, 1)
-    x = plain(x._replace(x=x.x.at[:, -1].add(c1[None])), 1, 2)
+
+    @jax.jit
+    def by_hand(t):
+        x = method.begin({}, t)
+        x = plain(x._replace(x=x.x.at[:, -1].set(c0[None])), 0, 1)
+        return plain(x._replace(x=x.x.at[:, -1].add(c1[None])), 1, 2).x
+
     found = jax.jit(lambda p, t: vit.encode(CFG, p, t, recipe, until=2).tokens)(params, tokens)
-    np.testing.assert_allclose(found.x, x.x, atol=1e-5)
+    np.testing.assert_allclose(found.x, by_hand(tokens), atol=1e-5)
     assert (np.asarray(found.kind[:, -1]) == SPECIAL).all()
     away = Recipe(vit=tuple((k, CrossGET(remove=4)) for k in range(3)), select=None)
     params["methods"] = away.init_params(jax.random.key(1), CFG)
-    run = lambda p: vit.encode(CFG, p, tokens, away, proportional=True).tokens
-    out = jax.jit(run)(params)
+    loss = lambda p: (lambda out: (jnp.sum(out.x[:, 0] ** 2), out))(vit.encode(CFG, p, tokens, away, proportional=True).tokens)
+    grad, out = jax.jit(jax.grad(loss, has_aux=True))(params)
     assert out.x.shape[1] == 17 - 12 and (np.asarray(out.size).sum(1) == 17).all()
-    grad = jax.jit(jax.grad(lambda p: jnp.sum(run(p).x[:, 0] ** 2)))(params)["methods"]["vit"]
+    grad = grad["methods"]["vit"]
     assert all(float(jnp.abs(g["cross"]).max()) > 0 for g in grad[:3]), "the class row reads the cross token in every layer"
 
 
