@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtok.core.reduce import apply, gather, representative, segment_sum
+from jaxtok.core.reduce import apply, assignment, gather, representative, segment_sum
 from jaxtok.core.types import DensePlan, Plan
 
 
@@ -36,7 +36,13 @@ def compose(first: Plan | DensePlan, then: Plan | DensePlan) -> Plan | DensePlan
     """The plan that does `first` (n to m rows), then `then` (m to k rows): apply(compose(a, b), x) = apply(b, apply(a, x))."""
     if isinstance(first, DensePlan) or isinstance(then, DensePlan):
         named = any(isinstance(plan, DensePlan) and plan.index is not None for plan in (first, then))
-        return DensePlan(dense(then).w @ dense(first).w, _through(representative(first), representative(then)) if named else None)
+        counted = any(isinstance(plan, DensePlan) and plan.assign is not None for plan in (first, then))
+        rows = assignment(first)
+        return DensePlan(
+            dense(then).w @ dense(first).w,
+            _through(representative(first), representative(then)) if named else None,
+            jnp.where(rows < 0, -1, gather_index(assignment(then), rows)) if counted else None,
+        )
     index = _through(first.index, then.index)
     assign = jnp.where(first.assign < 0, -1, gather_index(then.assign, first.assign))
     lost = first.lost + then.lost
@@ -64,10 +70,11 @@ def gather_index(table: jax.Array, index: jax.Array) -> jax.Array:
 def lift(plan: Plan | DensePlan, y: jax.Array) -> jax.Array:
     """y [*B m ...] -> [*B n ...]: every original row gets the row it is now in; dropped rows are zero.
 
-    A dense plan gives each original row the mean of the rows it feeds, weighted by its share.
+    A dense plan that does not say where a row counts gives each original row the mean of the rows it feeds, weighted by its share.
     """
-    if isinstance(plan, Plan):
+    if plan.assign is not None:
         return gather(y, plan.assign)
+    assert isinstance(plan, DensePlan)
     mass = jnp.sum(plan.w, -2, keepdims=True)
     back = jnp.swapaxes(plan.w / jnp.where(mass > 0, mass, 1.0), -1, -2)
     return apply(DensePlan(back), y)

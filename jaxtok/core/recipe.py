@@ -156,8 +156,9 @@ class Recipe:
         for k, method in self.vit:
             needs = method.layer(k, cfg.layers).needs
             first = 1 if method.at == "block" and needs != Needs() and not needs.own else 0
-            if not first <= k < until:
-                raise ValueError(f"{method.name} acts at layer {k}; of {until} layers that run it has places {first} to {until - 1}")
+            last = until if method.at == "block" and not needs.own and method.restore is None else until - 1  # until: behind the last layer
+            if not first <= k <= last:
+                raise ValueError(f"{method.name} acts at layer {k}; of {until} layers that run it has places {first} to {last}")
             if needs.layers:
                 raise ValueError(
                     f"{method.name} needs evidence of layers {needs.layers}; inside an encoder there is that of the layer at hand"

@@ -58,6 +58,8 @@ def apply(plan: Plan | DensePlan, x: jax.Array) -> jax.Array:
 
 def total(plan: Plan | DensePlan, x: jax.Array) -> jax.Array:
     """x [*B n ...] -> [*B m ...]: what is counted (sizes, attention received) is summed over a group, gathered by a selection."""
+    if isinstance(plan, DensePlan) and plan.assign is not None:
+        return segment_sum(x, plan.assign, plan.w.shape[-2]).astype(x.dtype)
     if isinstance(plan, DensePlan):
         mass = jnp.sum(plan.w, -2, keepdims=True)
         share = plan.w / jnp.where(mass > 0, mass, 1.0)  # a source's count is split over the rows that it feeds
@@ -79,8 +81,9 @@ def representative(plan: Plan | DensePlan) -> Int[Array, "*B m"]:
 
 def assignment(plan: Plan | DensePlan) -> Int[Array, "*B n"]:
     """The group in which each row mostly is; -1 = dropped."""
-    if isinstance(plan, Plan):
+    if plan.assign is not None:
         return plan.assign
+    assert isinstance(plan, DensePlan)
     best = jnp.argmax(plan.w, -2).astype(jnp.int32)
     return jnp.where(jnp.max(plan.w, -2) > 0, best, -1)
 

@@ -13,7 +13,7 @@ from jaxtok.core.types import DensePlan, Evidence, Plan, Tokens
 class Reducer(Method):
     """Sites vit, select, layers: rows of a sequence are dropped or merged.
 
-    Site vit, `at`: "block" before the layer; "attn" between its attention and its MLP, on its own evidence; "around" before its attention
+    Site vit, `at`: "block" before the layer (K = number of layers: behind the last one); "attn" between its attention and its MLP, on its own evidence; "around" before its attention
     and undone after it; "ahead" before the layer, whose attention matrix of the unreduced rows is reduced too and used in the place of its
     own. With `restore` = K2 what a "block" method did is undone before layer K2, or at the end. Sites select and layers: "block".
     """
@@ -22,6 +22,7 @@ class Reducer(Method):
     restore: int | None = None
     positions: str = "keep"
     conserves: ClassVar[bool] = False  # sizes and the size-weighted sum of x stay
+    cross: bool = False  # site vit: a row of its own stands last while it acts (`begin`, `enter`)
 
     def layer(self, i: int, layers: int) -> "Reducer":
         """The instance for 0-based layer `i` of `layers`."""
@@ -30,6 +31,14 @@ class Reducer(Method):
     def start(self, params, tokens: Tokens) -> Held:
         """State carried over one forward pass, shared by all places where a recipe names this very method; `slots` go by row of `tokens`."""
         return Held()
+
+    def begin(self, params, tokens: Tokens) -> Tokens:
+        """With `cross`: the rows and one more, before the first layer that it acts in; the encoder takes that row away at the end."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its row is")
+
+    def enter(self, params, tokens: Tokens) -> Tokens:
+        """With `cross`: the rows as they enter a layer in which it acts."""
+        return tokens
 
     def count(self, n: int, n_kind: int) -> int:
         """Static number of rows left of `n`, of which `n_kind` are of the kinds this method may reduce."""

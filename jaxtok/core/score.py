@@ -1,10 +1,12 @@
 """Parts of scores that several methods share. Scores are float32, higher = more important, whatever the model's dtype."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import check
+from jaxtok.core.types import Evidence
 
 REDUCTIONS = {"mean": jnp.mean, "max": jnp.max, "sum": jnp.sum}
 
@@ -122,3 +124,50 @@ def softmax(x: Float[Array, "*B n"], among: Bool[Array, "*B n"]) -> Float[Array,
     x = jnp.where(among, jnp.clip(x.astype(jnp.float32), -1e30, 1e30), -2e30)
     e = jnp.where(among, jnp.exp(x - jnp.max(x, -1, keepdims=True, initial=-2e30)), 0.0)
     return e / jnp.maximum(jnp.sum(e, -1, keepdims=True), 1e-30)
+
+
+def drawing_key(evidence: Evidence, seed: int) -> Array:
+    """The PRNG key of a method that draws: the model's (another for each layer); where the call has none, made of `seed` and the layer."""
+    if evidence.key is not None:
+        return jax.random.fold_in(evidence.key, seed)
+    return jax.random.fold_in(jax.random.key(seed), 0 if evidence.layer is None else evidence.layer)
+
+
+def by_order(key: Array, pos: Int[Array, "*B n"]) -> Float[Array, "*B n"]:
+    """Numbers drawn from U[0, 1), a function of (key, order) alone: the same wherever a row lies and whatever else is in the batch."""
+    draw = lambda p: jax.random.uniform(jax.random.fold_in(key, p), dtype=jnp.float32)
+    return jax.vmap(draw)(jnp.maximum(pos, 0).ravel()).reshape(pos.shape)
+
+
+def energy(
+    like: Float[Array, "b n n"], among: Bool[Array, "b n"], margin: float, *, kind: str = "elu", alpha: float = 1.0, itself: bool = True
+) -> Float[Array, "b n"]:
+    """PiToMe's energy: how many close neighbours each row has, the mean of f(cosine) over the rows `among`; float32.
+
+    kind "elu": f(c) = c - margin above the margin, alpha (exp(c - margin) - 1) below it; "cut": c above it, the same below it; "gauss":
+    the normal density of 1 - c with deviation 1 - margin. `itself`: a row is among its own neighbours; else the sum over the others.
+    """
+    check.one_of("kind", kind, ("elu", "cut", "gauss"))
+    like = like.astype(jnp.float32)
+    if kind == "gauss":
+        f = jnp.exp(-0.5 * jnp.square((1.0 - like) / (1.0 - margin))) / ((1.0 - margin) * (2.0 * jnp.pi) ** 0.5)
+    else:
+        f = jnp.where(like > margin, like - (margin if kind == "elu" else 0.0), alpha * jnp.expm1(jnp.minimum(like - margin, 0.0)))
+    pair = among[:, None, :] if itself else among[:, None, :] & ~jnp.eye(like.shape[-1], dtype=bool)[None]
+    number = jnp.maximum(jnp.sum(among.astype(jnp.float32), -1, keepdims=True), 1.0) if itself else 1.0
+    return jnp.sum(jnp.where(pair, f, 0.0), -1) / number
+
+
+def pagerank(probs: Float[Array, "b h n n"], among: Bool[Array, "b n"], iterations: int) -> Float[Array, "b h n"]:
+    """Weighted PageRank of the attention graph: s_0 = 1 / rows, s' = A^T s, A the attention among the rows `among`, each row's sum 1.
+
+    Float32, sums to 1 over these rows; the others get 0.
+    """
+    check.count("iterations", iterations, 0)
+    pair = among[:, None, :, None] & among[:, None, None, :]
+    a = jnp.where(pair, probs.astype(jnp.float32), 0.0)
+    mass = jnp.sum(a, -1, keepdims=True)
+    a = a / jnp.where(mass > 0, mass, 1.0)
+    start = among.astype(jnp.float32) / jnp.maximum(jnp.sum(among.astype(jnp.float32), -1, keepdims=True), 1.0)
+    start = jnp.broadcast_to(start[:, None], a.shape[:3])
+    return lax.fori_loop(0, iterations, lambda _, s: jnp.einsum("bhij,bhi->bhj", a, s, precision=lax.Precision.HIGHEST), start)

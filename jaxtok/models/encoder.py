@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxtok.core.score import change
+from jaxtok.core.score import change, moments
 from jaxtok.core.types import Evidence, Needs, Tokens
 from jaxtok.models import blocks
 from jaxtok.models.cached import observe
@@ -75,6 +75,8 @@ def attend(cfg: EncoderConfig, p, i: int, tokens: Tokens, needs: Needs, proporti
             "hidden": tokens.x if needs.hidden else None,
             "weights": {name: p[name] for name in needs.weights} if needs.weights else None,
         }
+        if needs.queries is not None:
+            seen["queries"] = moments(q, tokens.pos >= needs.queries)
         if needs.change:
             seen["change"] = change(y, block)[:, :, None]
     return block, Evidence(**seen)

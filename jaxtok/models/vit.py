@@ -18,6 +18,7 @@ from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import assignment, gather, move, reduce, representative
 from jaxtok.core.reducer import Reducer
 from jaxtok.core.score import change
+from jaxtok.core.select import from_index
 from jaxtok.core.types import IMAGE, SPECIAL, TEXT, Evidence, Needs, Tokens
 from jaxtok.models import blocks, encoder
 from jaxtok.models.cached import whole
@@ -123,8 +124,7 @@ class _Run:
     def act(self, index: int, i: int, evidence: Evidence, move_rows: bool = True):
         """The plan of entry `index` before or in layer i; rows, states and evidence that is kept move."""
         named, tokens = self.recipe.vit[index][1], self.tokens
-        learned = self.params.get("methods", {}).get("vit", {})
-        own, method = learned[index] if learned else {}, named.layer(i, self.cfg.layers)
+        own, method = self._learned(index), named.layer(i, self.cfg.layers)
         state = self.states[named] if named in self.states else method.start(own, tokens)
         state, plan = method.plan(own, state, tokens, evidence, self._budget(index))
         self.states[named] = state
@@ -137,6 +137,26 @@ class _Run:
         self.tokens = reduce(plan, self.tokens, method.positions)
         self._carry(plan)
         return plan
+
+    def _learned(self, index: int):
+        learned = self.params.get("methods", {}).get("vit", {})
+        return learned[index] if learned else {}
+
+    def cross(self, index: int) -> None:
+        """The row that a method brings along, before the layer of entry `index`."""
+        method, own = self.recipe.vit[index][1], self._learned(index)
+        if method not in self.states:
+            self.tokens = method.begin(own, self.tokens)
+            self.states[method] = method.start(own, self.tokens)
+        self.tokens = method.enter(own, self.tokens)
+
+    def part(self) -> None:
+        """The rows that methods brought along go, at the end."""
+        for _ in [m for m in self.states if m.cross and not getattr(m, "stays", False)]:
+            n = self.tokens.pos.shape[1]
+            plan = from_index(jnp.broadcast_to(jnp.arange(n - 1, dtype=jnp.int32), (self.tokens.pos.shape[0], n - 1)), n)
+            self.tokens = reduce(plan, self.tokens)
+            self._carry(plan)
 
     def _lift(self, index) -> None:
         """States of the rows `index`; 0 for -1."""
@@ -165,6 +185,8 @@ class _Run:
     def layer(self, i: int, p, places: dict[str, list[int]], after: Needs) -> None:
         cfg, opts = self.cfg, (self.proportional, self.key, self.impl)
         entries = self.recipe.vit
+        for j in [j for j, (k, m) in enumerate(entries) if k == i and m.cross]:
+            self.cross(j)
         needs = functools.reduce(lambda a, j: a | entries[j][1].layer(i, cfg.layers).needs, places["attn"], after)
         for j in places["block"]:
             method = entries[j][1].layer(i, cfg.layers)
@@ -230,7 +252,10 @@ def encode(
         run.layer(i, params["layers"][i], where, after)
         if i in wanted:
             run.kept[i] = run.evidence
+    for j in [j for j, (k, _) in enumerate(recipe.vit) if k == until]:
+        run.act(j, until, run.evidence)
     run.undo(cfg.layers)
+    run.part()
     if asked.own:
         if until == cfg.layers:
             raise ValueError(f"{recipe.select.name} asks for evidence of the layer behind the last; run fewer layers: until={until - 1}")  # type: ignore[union-attr]

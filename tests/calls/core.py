@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
@@ -116,11 +117,8 @@ CFG = Config(vocab=8, width=8, layers=3, heads=4, kv_heads=2, head_dim=4, hidden
 def _(draw):
     sites = draw(st.lists(st.sampled_from([f.name for f in dataclasses.fields(recipe.Recipe)]), unique=True, max_size=3))
     capacity = draw(st.integers(LEAST, 20))
-    made = [
-        make(min(capacity, 16)) if registry.get(name).site in ("vit", "select", "layers") else make(capacity)
-        for name in registry.names()
-        for make in small(name).values()
-    ]
+    rows = lambda name: registry.get(name).site in ("vit", "select", "layers")  # their `small` leaves so many of 16 rows
+    made = [make(min(capacity, 16) if rows(name) else capacity) for name in registry.names() for make in small(name).values()]
     local, given = draw(st.sampled_from([(), (True, False, True)])), {}
     for site in sites:
         value = usually(draw, st.sampled_from([m for m in made if m.site == site] or made))
@@ -348,6 +346,50 @@ case("core.matching.merge_plan")(
             "into": v.ints(-1, s.n - 1, s.b, s.n),
         },
         {"weight": None, "m": s.m},
+    )
+)
+case("core.matching.mean_keys")(lambda s: Case(lambda evidence: matching.mean_keys(evidence), lambda v: {"evidence": v.evidence()}))
+case("core.matching.movable")(lambda s: Case(matching.movable, lambda v: {"tokens": v.tokens()}))
+case("core.matching.removal")(
+    lambda s: Case(
+        matching.removal,
+        lambda v: {"live": v.mask(s.b, s.n), "keep": v.keep(s.b)},
+        {"remove": 2, "room": s.one(s.m, s.n), "spare": s.one(0, 3)},
+    )
+)
+case("core.matching.by_falling")(lambda s: Case(matching.by_falling, lambda v: {"score": v.floats(s.b, s.n), "among": v.mask(s.b, s.n)}))
+case("core.matching.even_odd")(
+    lambda s: Case(
+        lambda tokens, score, remove: matching.even_odd(tokens, score, remove, s.n, s.m, bool(s.i % 2)),
+        lambda v: {"tokens": v.tokens(), "score": v.floats(s.b, -(-s.n // 2), s.n // 2), "remove": v.keep(s.b)},
+    )
+)
+case("core.matching.join")(
+    lambda s: Case(
+        lambda tokens, score, source, remove: matching.join(
+            tokens, score, source, ~source, remove, s.n, s.m, weight=jnp.ones(source.shape)
+        ),
+        lambda v: {"tokens": v.tokens(), "score": v.floats(s.b, s.n, s.n), "source": v.mask(s.b, s.n), "remove": v.keep(s.b)},
+    )
+)
+case("core.score.drawing_key")(
+    lambda s: Case(lambda evidence: jax.random.key_data(score.drawing_key(evidence, 3)), lambda v: {"evidence": v.evidence()})
+)
+case("core.score.by_order")(
+    lambda s: Case(lambda pos: score.by_order(jax.random.key(0), pos), lambda v: {"pos": v.ints(-1, s.n, s.b, s.n)})
+)
+case("core.score.energy")(
+    lambda s: Case(
+        score.energy,
+        lambda v: {"like": jnp.clip(v.floats(s.b, s.n, s.n), -1, 1), "among": v.mask(s.b, s.n)},
+        {"margin": s.one(0.5, -0.2), "kind": s.one("elu", "cut", "gauss"), "alpha": 1.0, "itself": bool(s.i % 2)},
+    )
+)
+case("core.score.pagerank")(
+    lambda s: Case(
+        score.pagerank,
+        lambda v: {"probs": jnp.clip(jnp.abs(v.floats(s.b, s.h, s.n, s.n)), 0, 1), "among": v.mask(s.b, s.n)},
+        {"iterations": s.one(0, 3)},
     )
 )
 case("core.score.change")(lambda s: Case(score.change, lambda v: {"a": v.rows(s.b, s.n, s.d), "b": v.rows(s.b, s.n, s.d)}))

@@ -201,7 +201,7 @@ def shrink(make):
         method = make(min(max(s.m, LEAST), 16)).layer(s.i % 3, 3)
 
         def fn(tokens, evidence, keep=None):
-            own = method.init_params(jax.random.key(0), CFG)
+            own = method.init_params(jax.random.key(0), dataclasses.replace(CFG, width=s.d))
             if method.needs.probs:
                 square = jnp.broadcast_to(jnp.abs(evidence.cls)[:, :, None], (s.b, s.h, s.n, s.n))
                 evidence = evidence._replace(probs=square)
@@ -211,7 +211,8 @@ def shrink(make):
             return reduce.reduce(plan, tokens, method.positions)
 
         def arrays(v):
-            tokens = resized(v, s).tokens()
+            v = resized(v, s)  # evidence of an encoder: as many KV heads as heads
+            tokens = v.tokens()
             keep = {"keep": v.keep(s.b)} if s.i % 3 else {}
             return {"tokens": tokens._replace(rope=tokens.rope[..., :1]), "evidence": v.evidence()} | keep
 

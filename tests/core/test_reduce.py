@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtok.core import reduce as red
-from jaxtok.core.compose import compose
+from jaxtok.core.compose import compose, lift
 from jaxtok.core.types import KV, DensePlan, Evidence, Plan, Tokens
 
 LOST = jnp.zeros((1,), jnp.int32)
@@ -207,6 +207,23 @@ def test_a_dense_map_may_name_its_rows():
     both = compose(plan, DensePlan(jnp.array([[[[0.0, 0.6, 0.4]]]])))  # names go along: the heavier of 6 and 9
     assert both.index is not None and both.index.tolist() == [[[2]]]
     assert compose(DensePlan(w), DensePlan(jnp.array([[[[0.0, 0.6, 0.4]]]]))).index is None
+
+
+def test_a_dense_map_may_say_where_rows_count():
+    """Weights that are no shares (0, below 0): sizes, sources, lifting and composition go by `assign`."""
+    w = jnp.array([[[0.0] * 6, [0.0, 1.5, 0.0, -0.5, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 2.0]]])
+    plan = DensePlan(w, i32([[-1, 1, 5]]), i32([[-1, 1, 2, 1, -1, 2]]))
+    before = tokens()
+    out = red.reduce(plan, before._replace(x=jnp.where(before.pos[..., None] < 0, 0.0, before.x)))
+    np.testing.assert_allclose(out.x[0, 1], 1.5 * before.x[0, 1] - 0.5 * before.x[0, 3], rtol=1e-5)
+    size = np.asarray(before.size)[0]
+    np.testing.assert_allclose(out.size[0], [0, size[1] + size[3], size[2] + size[5]])
+    assert (np.asarray(out.source) == np.take_along_axis(np.asarray(plan.assign), np.maximum(np.asarray(before.source), 0), 1))[
+        np.asarray(before.source) >= 0
+    ].all()
+    np.testing.assert_array_equal(lift(plan, out.x)[0, [1, 2, 3, 5]], out.x[0, [1, 2, 1, 2]])
+    both = compose(plan, DensePlan(jnp.array([[[0.0, 1.0, 0.0]]]), i32([[1]]), i32([[-1, 0, -1]])))
+    assert np.asarray(both.assign)[0].tolist() == [-1, 0, -1, 0, -1, -1]
 
 
 def test_evidence_moves_with_a_plan_per_head():

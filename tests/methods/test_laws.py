@@ -21,11 +21,15 @@ _MEAN = "what is dropped stays in one token, their mean"
 _CHANNELS = "channels of keys are dropped, no tokens"
 _MERGED = "rows are merged, not dropped"
 RECYCLED = ("recycled", "recycled:threshold")
+_MERGERS = (
+    *("tome", "tome.kth", "tome.random", "tomesd", "pitome", "pitome:bsm", "pitome:text", "turbo", "mctf", "mctf:recompute", "mctf:behind"),
+    *("token_transforming", "token_transforming:received", "evit", "code_merge", "code_merge:learned", "mustdrop.vit"),
+    *("mustdrop.vit:threshold", "expedit", "crossget", "crossget:llava", "crossget:cross"),
+    *("visionzip", "visiondrop.select", "aim.select", "prumerge", "prumerge:plus", "pool_rows", "vflowopt.select"),
+)
 EXEMPT: dict[tuple[str, str], str] = {
-    **{
-        (name, "rows_dropped_equals_masked"): _MERGED
-        for name in ("tome", "visionzip", "visiondrop.select", "aim.select", "prumerge", "prumerge:plus", "pool_rows", "vflowopt.select")
-    },
+    **{(name, "rows_dropped_equals_masked"): _MERGED for name in _MERGERS},
+    ("crossget:cross", "rows_full_budget"): "the cross token, which is trained, is seen by all rows whatever is merged",
     ("hiprune:qwen", "rows_full_budget"): "rows that are picked as anchors and again as registers count once: fewer than the budget stay",
     **{(name, "rows_full_budget"): "each row that stays takes in its neighbours" for name in ("prumerge", "prumerge:plus")},
     ("key_rerotation", "dropped_equals_masked"): _MOVED,

@@ -7,35 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import reduce
-from jaxtok.core.types import IMAGE, SPECIAL, Evidence, Tokens
-from jaxtok.methods import ToMe
+from jaxtok.core.types import SPECIAL, Evidence
+from jaxtok.methods import KthToMe, RandomToMe, ToMe
 from jaxtok.methods.vision.tome import schedule
+from jaxtok.models import encoder, vit
+from jaxtok.models.config import EncoderConfig
 from tests.methods.golden import cases
+from tests.methods.vision.toyrows import normal, rows, unit
 
-small = lambda n: ToMe(remove=16 - n)
-
-
-def rows(x, special=1, live=None) -> Tokens:
-    """Tokens of x [b n c]; the first `special` are class tokens."""
-    b, n, _ = x.shape
-    live = np.ones((b, n), bool) if live is None else live
-    pos = np.where(live, np.cumsum(live, 1) - 1, -1).astype(np.int32)
-    kind = np.where(pos < special, SPECIAL, IMAGE).astype(np.int8)
-    zero = np.zeros((b,), np.int32)
-    return Tokens(
-        x=jnp.asarray(x),
-        pos=jnp.asarray(pos),
-        rope=jnp.asarray(np.maximum(pos, 0)[..., None]),
-        size=jnp.asarray(live.astype(np.float32)),
-        kind=jnp.asarray(kind),
-        segment=jnp.full((b, n), -1, jnp.int32),
-        cell=jnp.full((b, n, 2), -1, jnp.int32),
-        source=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n)),
-        seen=jnp.asarray(live.sum(1), jnp.int32),
-        delta=jnp.asarray(zero),
-        lost=jnp.asarray(zero),
-    )
+small = {
+    "tome": lambda n: ToMe(remove=16 - n),
+    "tome.kth": lambda n: KthToMe(k=1 if n == 16 else 2),
+    "tome.random": lambda n: RandomToMe(remove=16 - n),
+}
 
 
 def reference(metric, x, size, remove, special):
@@ -64,7 +50,7 @@ def merged(tokens, metric, remove, keep=None):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _merged(method, tokens, metric, keep):
-    _, plan = method.plan({}, (), tokens, Evidence(keys=metric[:, None]), keep)
+    _, plan = method.plan({}, method.start({}, tokens), tokens, Evidence(keys=metric[:, None]), keep)
     return plan, reduce(plan, tokens)
 
 
@@ -140,3 +126,101 @@ def test_official_schedules(data):
         given = int(r) if kind == "int" else (int(r), float(case["inflect"])) if kind == "pair" else [int(i) for i in r]
         found = dict(schedule(given, layers))
         assert [found[i].remove if i in found else 0 for i in range(layers)] == case["out"].tolist()
+
+
+def kth(metric, x, size, k, special):
+    """Of each run of k the last row is a destination -> (merged rows, sizes, source), the rest joining."""
+    free = list(range(special, len(x)))
+    full = len(free) // k * k
+    target = [i for r, i in enumerate(free) if r < full and r % k == k - 1] or free[-1:]
+    like = unit(metric) @ unit(metric).T
+    into = [i if i < special or i in target else target[int(np.argmax(like[i, target]))] for i in range(len(x))]
+    order = list(range(special)) + target
+    source = np.array([order.index(i) for i in into])
+    total = np.bincount(source, size)
+    out = np.zeros((len(order), x.shape[1]))
+    np.add.at(out, source, size[:, None] * x)
+    return out / total[:, None], total, source
+
+
+@pytest.mark.parametrize("special, k", [(0, 3), (1, 2), (1, 5), (0, 20)])
+def test_kth_reference(special, k):
+    metric, x, size = normal(k, 2, 14, 6), normal(k + 1, 2, 14, 4), np.random.default_rng(k).integers(1, 4, (2, 14))
+    method = KthToMe(k=k, special=special)
+    tokens = rows(x, special, size=size)
+    _, out = _merged(method, tokens, jnp.asarray(metric), None)
+    assert out.x.shape[1] == method.count(14, 14 - special)
+    for i in range(2):
+        want, total, source = kth(metric[i], x[i], size[i], k, special)
+        np.testing.assert_allclose(out.x[i], want, atol=1e-5)
+        np.testing.assert_allclose(out.size[i], total)
+        assert (np.asarray(out.source[i]) == source).all()
+
+
+def test_kth_obeys_a_traced_budget():
+    _, out = _merged(KthToMe(k=2, special=0), rows(normal(1, 3, 12, 4), 0), jnp.asarray(normal(2, 3, 12, 6)), jnp.asarray([6, 4, 1]))
+    assert (np.asarray(out.pos) >= 0).sum(1).tolist() == [6, 4, 1] and np.allclose(np.asarray(out.size).sum(1), 12)
+
+
+def test_official_kth(data):
+    """Destinations, merged rows and sizes; what is left behind the last full run is dropped."""
+    for case in cases(data, "tome_kth"):
+        k, n = int(case["k"]), case["x"].shape[1]
+        tokens, metric = rows(case["x"], 0), jnp.asarray(case["metric"])
+        plan, out = _merged(KthToMe(k=k, special=0, rest="drop"), tokens, metric, None)
+        np.testing.assert_allclose(out.x, case["x_merged"], atol=2e-5)
+        np.testing.assert_allclose(out.size, case["size"][..., 0])
+        runs = np.asarray(out.source)[:, : n // k * k].reshape(len(metric), -1, k)
+        assert "dst_idx" not in case or (runs[:, :, : k - 1].reshape(len(metric), -1) == case["dst_idx"]).all()
+        assert (np.asarray(out.source)[:, n // k * k :] == -1).all()
+        plain = reduce(plan._replace(weight=jnp.ones(plan.assign.shape)), tokens)
+        np.testing.assert_allclose(plain.x, case["x_merged_mean"], atol=2e-5)
+
+
+def test_random_draws_the_sources():
+    """As many as said, others from each key, each to its best of the rows not drawn; the class row stays out of it."""
+    metric, x = normal(5, 2, 13, 6), normal(6, 2, 13, 4)
+    tokens, seen = rows(x), []
+    method, draw = (
+        RandomToMe(remove=5),
+        jax.jit(lambda m, t, k, key: reduce(m.plan({}, m.start({}, t), t, Evidence(keys=k, key=key))[1], t), static_argnums=0),
+    )
+    for seed in range(3):
+        out = draw(method, tokens, jnp.asarray(metric)[:, None], jax.random.key(seed))
+        index = np.asarray(out.pos)  # old orders of the rows that stayed
+        assert out.x.shape[1] == 8 and (index[:, 0] == 0).all() and (np.asarray(out.source[:, 0]) == 0).all()
+        for i in range(2):
+            stay = [j for j in index[i] if j]
+            like = unit(metric[i]) @ unit(metric[i])[stay].T
+            for j in set(range(1, 13)) - set(stay):
+                assert index[i][int(out.source[i][j])] == stay[int(np.argmax(like[j]))]
+        np.testing.assert_allclose(np.asarray(out.size).sum(1), 13)
+        seen.append(tuple(index[0]))
+    assert len(set(seen)) == 3
+
+
+def test_merging_exact_duplicates_is_undone_exactly():
+    """Every even row equals an odd one: what each row finds in its group is itself."""
+    x = np.repeat(normal(7, 1, 6, 4), 2, 1)
+    _, out = merged(rows(x, 0), x, 6)
+    np.testing.assert_allclose(np.asarray(out.x)[0][np.asarray(out.source)[0]], x[0], atol=1e-6)
+    assert np.asarray(out.size).sum() == 12
+
+
+def test_proportional_attention_of_merged_duplicates_is_exact():
+    """An image whose patches come in equal pairs: merged from the first layer on, the class row's output is that of all rows."""
+    cfg = EncoderConfig(width=8, layers=3, heads=2, hidden=12, image=(8, 8), patch=(2, 2), channels=3, final_norm=False)
+    params = encoder.init(cfg, jax.random.key(0))
+    params["layers"] = tuple(p | {"q": p["q"] * 3, "k": p["k"] * 3} for p in params["layers"])
+    x = jnp.concatenate([jnp.asarray(normal(8, 2, 1, 8)), jnp.repeat(jnp.asarray(normal(9, 2, 8, 8)), 2, 1)], 1)
+    recipe = Recipe(vit=((0, ToMe(remove=8)),))
+    run = lambda r: jax.jit(lambda t: vit.encode(cfg, params, t, r, proportional=True).tokens)(rows(x))
+    out, want = run(recipe), run(Recipe())
+    assert (np.asarray(out.size)[:, 1:] == 2).all() and out.x.shape[1] == 9
+    np.testing.assert_allclose(np.take_along_axis(np.asarray(out.x), np.asarray(out.source)[..., None], 1), want.x, atol=1e-5)
+
+
+def test_bad_input():
+    for make in (lambda: KthToMe(k=0), lambda: KthToMe(k=2, rest="lose"), lambda: RandomToMe(remove=-1), lambda: ToMe(remove=-1)):
+        with pytest.raises(ValueError):
+            make()
