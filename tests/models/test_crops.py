@@ -1,5 +1,6 @@
 """Sub-images side by side: rows and evidence against the crops on their own, and methods that choose among them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import CROP, IMAGE
 from jaxtok.methods import FasterVLM, GlobalCom2, HiPrune, HiRED
 from jaxtok.models import crops, encoder, vit
-from jaxtok.testing.rows import VISION
+from jaxtok.testing import rows
 
 P, N = 3, 17  # thumbnail and two crops; a class row and 4 x 4 patches
 METHODS = {
@@ -19,6 +20,9 @@ METHODS = {
     "globalcom2": GlobalCom2(capacity=20, special=0, grid=(1, 2), side=4, rank="raster"),
     "hiprune": HiPrune(capacity=18, special=0, crops=P, layers=(0, 1), alpha=1.0),
 }
+
+
+VISION = dataclasses.replace(rows.VISION, layers=3)
 
 
 @functools.cache
