@@ -107,7 +107,7 @@ def encoder(path: pathlib.Path, cfg: EncoderConfig, names: dict[str, str], extra
     home = arrays(path)
     opened = dict.fromkeys(home, _Arrays(home))
     tensors.check(path, "the encoder that is asked for", table, opened, lambda name: name in extra)
-    return tensors.read(table, opened, cfg.layers, jnp.float32, lambda _, x: jnp.asarray(x), None)
+    return tensors.read(table, opened, {"layers": cfg.layers}, jnp.float32, lambda _, x: jnp.asarray(x), None)
 
 
 def vit_mnist(data: pathlib.Path) -> Task:

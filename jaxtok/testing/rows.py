@@ -17,7 +17,7 @@ from jaxtok.models import blocks, decoder, encoder, vit
 from jaxtok.models.config import Config, EncoderConfig
 from jaxtok.testing.world import near
 
-VISION = EncoderConfig(width=16, layers=2, heads=4, hidden=24, image=(8, 8), patch=(2, 2), channels=3, out=5)
+VISION = EncoderConfig(width=16, layers=3, heads=4, hidden=24, image=(8, 8), patch=(2, 2), channels=3, out=5)
 TEXT = Config(vocab=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=24)
 B, ROWS, CAP, AT = 3, 16, 12, 1  # AT: the layer at or before which the method acts
 BEFORE, BEHIND, T = 2, 4, 2  # decoder: text rows on both sides of the image, steps

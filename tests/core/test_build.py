@@ -26,7 +26,7 @@ from jaxtok.core.types import Protect
         ("quest:block=8,pages=5", m.Quest(pages=5, block=8)),
         ("tidaldecode:dense_layers=0", m.TidalDecode(top_k=100, dense_layers=0)),
         ("recycled:top_k=7", m.RecycledAttention(top_k=7)),
-        ("sentencekv.reader", m.SentenceKV(budget=100)),
+        ("sentencekv.reader:ends=3+4", m.SentenceKV(budget=100, ends=(3, 4))),
         ("tokenselect:n_init=4,n_local=16", m.TokenSelect(top_k=80, n_init=4, n_local=16)),
         ("landmark:block=20", m.Landmark(top_k=5, block=20)),
         ("chain:methods=snapkv+think,window=16", m.Chain(methods=(m.SnapKV(capacity=100, window=16), m.ThinK(window=16)))),

@@ -29,6 +29,10 @@ _MERGERS = (
 )
 EXEMPT: dict[tuple[str, str], str] = {
     **{(name, "rows_dropped_equals_masked"): _MERGED for name in _MERGERS},
+    **{
+        (name, "rows_duplicates"): "more is merged than rows that are the same"
+        for name in ("mustdrop.vit", "mustdrop.vit:threshold", "pitome:text", "pool_rows", "tome.kth")
+    },
     ("crossget:cross", "rows_full_budget"): "the cross token, which is trained, is seen by all rows whatever is merged",
     ("hiprune:qwen", "rows_full_budget"): "rows that are picked as anchors and again as registers count once: fewer than the budget stay",
     **{(name, "rows_full_budget"): "each row that stays takes in its neighbours" for name in ("prumerge", "prumerge:plus")},

@@ -320,7 +320,7 @@ def needy(place="block", **needs):
         (Recipe(vit=((3, Same(place="attn")),)), 3, "same acts at layer 3; of 3 layers that run it has places 0 to 2"),
         (Recipe(vit=((2, Same(place="attn")),)), 2, "same acts at layer 2; of 2 layers that run it has places 0 to 1"),
         (Recipe(vit=((-1, Same()),)), 3, "same acts at layer -1"),
-        (Recipe(vit=((0, needy(received=True)),)), 3, "needy acts at layer 0; of 3 layers that run it has places 1 to 2"),
+        (Recipe(vit=((0, needy(received=True)),)), 3, "needy acts at layer 0; of 3 layers that run it has places 1 to 3"),
         (Recipe(vit=((1, needy(layers=(0,))),)), 3, r"needy needs evidence of layers \(0,\); inside an encoder"),
         (Recipe(vit=((1, Same(restore=1)),)), 3, "same is undone before layer 1; it acts at 'block' of layer 1"),
         (Recipe(vit=((1, Same(place="attn", restore=2)),)), 3, "same is undone before layer 2; it acts at 'attn' of layer 1"),

@@ -72,6 +72,8 @@ class GlobalCom2(Selector):
     def logits(self, tokens: Tokens, evidence: Evidence):
         """g [b n]."""
         lead, keys = check.given("lead", evidence.lead).astype(jnp.float32), check.given("keys", evidence.keys).astype(jnp.float32)
+        if keys.ndim != 4 or keys.shape[2] != tokens.pos.shape[1]:
+            raise ValueError(f"keys are {list(keys.shape)} for rows {list(tokens.pos.shape)}; they must be [b g n d]")
         g, d = keys.shape[1], keys.shape[3]
         if lead.ndim == 3:
             lead = lead[:, :, None]

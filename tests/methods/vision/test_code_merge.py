@@ -51,7 +51,7 @@ def test_limits():
     x = normal(3, 2, 12, 4)
     alone = rows(x, segment=np.broadcast_to(np.arange(12), (2, 12)))
     np.testing.assert_array_equal(merged(CodeMerge(), {}, alone).x, x)
-    cfg = EncoderConfig(width=4, layers=1, heads=1, hidden=4, image=None, vocab=5, pool="last")
+    cfg = EncoderConfig(width=4, layers=1, heads=1, hidden=4, image=None, vocab=5, pool="eos")
     learned = CodeMerge(capacity=7, weights="learned")
     zero = merged(learned, learned.init_params(jax.random.key(0), cfg), rows(x, segment=SPANS))
     np.testing.assert_allclose(zero.x, merged(CodeMerge(capacity=7), {}, rows(x, segment=SPANS)).x, atol=1e-6)
@@ -69,7 +69,7 @@ def test_no_room_is_counted():
 
 def test_in_a_text_encoder():
     """At the input of an encoder: as the encoder on the merged rows; gradients reach the scorer."""
-    cfg = EncoderConfig(width=8, layers=2, heads=2, hidden=8, image=None, vocab=20, context=12, pool="last")
+    cfg = EncoderConfig(width=8, layers=2, heads=2, hidden=8, image=None, vocab=20, context=12, pool="eos")
     recipe = Recipe(vit=((0, CodeMerge(capacity=7, weights="learned")),))
     params = encoder.init(cfg, jax.random.key(0))
     params["methods"] = recipe.init_params(jax.random.key(1), cfg)
