@@ -327,10 +327,15 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
     full = kv.pos.shape[-1]
     if reader is not None and reader.offload and old is not None:  # where the cursor is depends on what the caches hold
         kv, full = offload.aligned(kv, reader.block), full - reader.block + 1
-    extra = slots - kv.pos.shape[-1]
+    extra, gap = slots - kv.pos.shape[-1], 0 if cursor is None else max(cursor - kv.pos.shape[-1], 0)
     kv = grow_kv(kv, slots)
     kv = kv if cursor is None else kv._replace(cursor=jnp.full((), cursor, jnp.int32))
     state = Held(pad_slots(state.slots, extra), state.rest)
+    if gap:  # a prompt shorter than the capacity ends where the next token goes, as one that was padded does
+        moved = lambda x: jnp.roll(x, gap, 2)
+        kv = kv._replace(k=moved(kv.k), v=moved(kv.v), pos=moved(kv.pos), bias=moved(kv.bias))
+        kv = kv if kv.segment is None else kv._replace(segment=moved(kv.segment))
+        state = Held(jax.tree.map(moved, state.slots), state.rest)
     reading = () if reader is None else reader.start(learned.get("reader", {}), i, kv, cfg.heads)
     return Part(stowed(reader, kv._replace(segment=None), reading, full), state, reading, frozen)
 

@@ -33,7 +33,8 @@ REAL = {  # the laws run these without their own prefill
     "kvzip-plus": lambda capacity: KVzip(capacity=capacity, sinks=1, plus=True, share="model"),
     "speckv": lambda capacity: SpecKV(capacity=capacity, window=2, look=2, pool=3),
 }
-CASES = {label: make for name in registry.names() for label, make in makers(name).items()} | REAL
+KV = [name for name in registry.names() if registry.get(name).site in ("prompt", "cache", "policy", "reader")]
+CASES = {label: make for name in KV for label, make in makers(name).items()} | REAL
 CHOSEN = CASES if os.environ.get("JAXTOK_FULL") else {label: CASES[label] for label in SOME}
 
 
