@@ -1,12 +1,17 @@
 """Rows of images condensed: some stay as they are, some take in the rest. What VisionZip and VisionDrop do at an encoder's output."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtok.core import check
 from jaxtok.core.matching import cosine
 from jaxtok.core.reduce import gather
 from jaxtok.core.select import choose
-from jaxtok.core.types import DensePlan, Tokens
+from jaxtok.core.selector import Selector, pictured
+from jaxtok.core.types import DensePlan, Evidence, Needs, Tokens
 
 
 def condense(
@@ -43,3 +48,30 @@ def condense(
     order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)[:, n - min(rows, n) :]
     index = jnp.where(jnp.take_along_axis(rank, order, 1) >= 0, order, -1)
     return DensePlan(gather(w, index), index)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Condenser(Selector):
+    """`condense` by the class row's attention (sum over heads) and the keys (mean over heads) of one image; `contextual` rows are merged."""
+
+    with_cls = True
+
+    contextual: int
+
+    def __post_init__(self):
+        super().__post_init__()
+        check.count("contextual", self.contextual, 0, self.capacity)
+        if self.crops != 1:
+            raise ValueError(f"{type(self).__name__} condenses one image, got crops={self.crops}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(cls=True, keys=True)
+
+    def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[tuple, DensePlan]:
+        free, stop = pictured(tokens), jax.lax.stop_gradient
+        fixed = (tokens.pos >= 0) & ~free
+        score = stop(jnp.sum(check.given("cls", evidence.cls).astype(jnp.float32), 1))
+        metric = stop(jnp.mean(check.given("keys", evidence.keys).astype(jnp.float32), 1))
+        rows = self.count(free.shape[1], free.shape[1])
+        return state, condense(tokens, metric, score, free, fixed, self.room(tokens, keep), self.contextual, rows)

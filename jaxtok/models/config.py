@@ -137,7 +137,8 @@ class EncoderConfig:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches at the size the positions were learned for."""
-        assert self.image is not None
+        if self.image is None:
+            raise ValueError("a text tower has no grid of patches")
         return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
 
     @property

@@ -87,15 +87,20 @@ def embed(
     ids: with `cfg.patches` placeholders for each picture, as Hugging Face's processors write them; a prompt with fewer pictures has fewer
     placeholders (pictures beyond them are ignored). live: the real ids (None = all); padding may stand anywhere. rows: the static number of
     rows; None = n less what `recipe.vit` and `recipe.select` take from each picture, which is enough for prompts with all pictures (with
-    fewer ones more text may be alive: give n). The oldest rows that find no room are counted in `lost`. `source[j]` says where the j-th id is now (a patch that was
-    merged: where its group is). Positions as recipe.select.positions says; a tower reduced without it: "repack".
+    fewer ones more text may be alive: give n). Counted in `lost`: the oldest rows that find no room, and placeholders that stand for no
+    whole picture, which are dropped. `source[j]` says where the j-th id is now (a patch that was merged: where its group is). Positions as
+    recipe.select.positions says; a tower reduced without it: "repack".
 
     keep: {"vit": as in `vit.encode`, "select": i32 [b] or [b i], live rows of a picture that stay}. `proportional`: log sizes in the tower.
-    ends: as in `decoder.embed`. ValueError: ids or pictures of other shapes.
+    ends: as in `decoder.embed`. ValueError: ids or pictures of other shapes, a budget of another site.
     """
     (b, pictures), n = images.shape[:2], ids.shape[1]
     if ids.shape[0] != b or (live is not None and live.shape != ids.shape):
         raise ValueError(f"{b} rows of pictures, ids {ids.shape}, live {None if live is None else live.shape}; all must agree on the batch")
+    if images.shape[2:4] != cfg.vision.image:
+        raise ValueError(f"pictures of {images.shape[2:4]} pixels; the placeholders are those of {cfg.vision.image}: resize them")
+    if unknown := sorted(set(keep or ()) - {"vit", "select"}):
+        raise ValueError(f"keep has {', '.join(map(repr, unknown))}; here budgets go by vit and select, the others to decoder.prefill")
     room = pictures * cfg.patches
     if room > n:
         raise ValueError(f"{pictures} pictures of {cfg.patches} placeholders do not fit into {n} ids; pad ids to more")
@@ -114,14 +119,18 @@ def embed(
     rank = jnp.cumsum(seen.pos >= 0, -1, dtype=jnp.int32) - 1
     rank = rank if positions == "repack" else seen.pos - (0 if cfg.cls else cfg.vision.prefix)
     rank = rank.reshape(b, pictures, m)
-    alive = (seen.pos >= 0).reshape(b, pictures, m) & there.any(-1, keepdims=True)
+    alive = (seen.pos >= 0).reshape(b, pictures, m) & there.all(-1, keepdims=True)
     home = jnp.take_along_axis(first, jnp.clip(rank, 0, cfg.patches - 1), 2).reshape(b, pictures * m)
     order = jnp.where(cut(alive.reshape(b * pictures, m)), jnp.take_along_axis(text.pos, home, 1), -1)
     both = lambda a, x: jnp.concatenate([a, cut(x).astype(a.dtype)], 1)
     pos = jnp.concatenate([jnp.where(mark, -1, text.pos), order], 1)
     now = jnp.where(seen.source < 0, -1, seen.source).reshape(b, pictures, -1)[:, :, -cfg.patches :]  # of each patch: its row
     now = jnp.where(now < 0, -1, n + jnp.arange(pictures, dtype=jnp.int32)[None, :, None] * m + now)
-    stands = jnp.zeros((b, n + 1), jnp.int32).at[jnp.arange(b)[:, None], where].set(jnp.where(there, now, -1).reshape(b, room), mode="drop")
+    stands = (
+        jnp.zeros((b, n + 1), jnp.int32)
+        .at[jnp.arange(b)[:, None], where]
+        .set(jnp.where(there.all(-1, keepdims=True), now, -1).reshape(b, room), mode="drop")
+    )
     source = jnp.where(mark, stands[:, :n], jnp.arange(n, dtype=jnp.int32)[None])  # row of `text` -> row of both
     joined = Tokens(
         x=both(text.x, seen.x),
@@ -134,7 +143,10 @@ def embed(
         source=jnp.where(text.source < 0, -1, gather(source, jnp.maximum(text.source, 0))),
         seen=text.seen,
         delta=text.delta,
-        lost=text.lost + jnp.sum(seen.lost.reshape(b, pictures), -1),
+        lost=text.lost
+        + jnp.sum(seen.lost.reshape(b, pictures), -1)
+        + jnp.sum(mark, -1, dtype=jnp.int32)
+        - cfg.patches * jnp.sum(there.all(-1), -1, dtype=jnp.int32),
     )
     rows = n - room + pictures * m if rows is None else rows
     index = jnp.argsort(pos, axis=-1, stable=True)[:, n + pictures * m - rows :].astype(jnp.int32)

@@ -132,8 +132,24 @@ def test_a_prompt_with_fewer_pictures(llava):
     np.testing.assert_array_equal(np.where(np.asarray(a.pos)[..., None] >= 0, a.x, 0), np.where(np.asarray(b.pos)[..., None] >= 0, b.x, 0))
 
 
+def test_placeholders_of_no_whole_picture_are_counted(llava):
+    """One too few, or some too many: dropped, and told."""
+    cfg, params, pixels, ids, live = llava
+    at = np.flatnonzero(np.asarray(ids)[0] == cfg.image_token)
+    fewer, more = ids.at[0, at[-1]].set(7), ids.at[0, 0].set(cfg.image_token)
+    few, many = (vlm.embed(cfg, params, pixels, x, live, rows=30) for x in (fewer, more))
+    assert few.lost.tolist() == [cfg.patches - 1, 0] and many.lost.tolist() == [1, 0]
+    assert ((np.asarray(few.kind) == IMAGE) & (np.asarray(few.pos) >= 0)).sum(1).tolist() == [cfg.patches, 2 * cfg.patches]
+    live_rows = np.asarray(few.pos)[0][np.asarray(few.pos)[0] >= 0]
+    assert len(set(live_rows.tolist())) == len(live_rows), "an order stands twice"
+
+
 def test_refused(llava):
     cfg, params, pixels, ids, live = llava
+    with pytest.raises(ValueError, match=r"pictures of \(8, 12\) pixels; the placeholders are those of \(12, 12\)"):
+        vlm.embed(cfg, params, pixels[:, :, :8], ids, live)
+    with pytest.raises(ValueError, match="keep has 'cache'; here budgets go by vit and select"):
+        vlm.embed(cfg, params, pixels, ids, live, keep={"cache": 3})
     with pytest.raises(ValueError, match="do not fit into 9 ids"):
         vlm.embed(cfg, params, pixels, ids[:, :9])
     with pytest.raises(ValueError, match="until=4; the tower has 3 layers"):

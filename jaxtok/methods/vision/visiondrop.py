@@ -2,14 +2,8 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-
-from jaxtok.core import check
-from jaxtok.core.condense import condense
+from jaxtok.core.condense import Condenser
 from jaxtok.core.registry import register
-from jaxtok.core.selector import Selector, pictured
-from jaxtok.core.types import DensePlan, Evidence, Needs, Tokens
 
 
 @register(
@@ -20,7 +14,7 @@ from jaxtok.core.types import DensePlan, Evidence, Needs, Tokens
     authors="Rui Xu and Yunke Wang and Yong Luo and Bo Du",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionDropSelect(Selector):
+class VisionDropSelect(Condenser):
     """The encoder stage of VisionDrop, which is VisionZip's: what the class row attends to stays, the others merge by likeness.
 
         dominant: the class row and the capacity - contextual rows of largest sum over heads of A[CLS, j]
@@ -33,24 +27,4 @@ class VisionDropSelect(Selector):
     order, then the contextual ones. The stages between the decoder's layers are another method. Ties: the older row, the first target.
     """
 
-    with_cls = True
-
     contextual: int = 6
-
-    def __post_init__(self):
-        super().__post_init__()
-        check.count("contextual", self.contextual, 0, self.capacity)
-        if self.crops != 1:
-            raise ValueError(f"{type(self).__name__} condenses one image, got crops={self.crops}")
-
-    @property
-    def needs(self) -> Needs:
-        return Needs(cls=True, keys=True)
-
-    def plan(self, params, state, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[tuple, DensePlan]:
-        free, stop = pictured(tokens), jax.lax.stop_gradient
-        fixed = (tokens.pos >= 0) & ~free
-        score = stop(jnp.sum(check.given("cls", evidence.cls).astype(jnp.float32), 1))
-        metric = stop(jnp.mean(check.given("keys", evidence.keys).astype(jnp.float32), 1))
-        rows = self.count(free.shape[1], free.shape[1])
-        return state, condense(tokens, metric, score, free, fixed, self.room(tokens, keep), self.contextual, rows)
