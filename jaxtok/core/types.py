@@ -124,6 +124,7 @@ class Evidence(NamedTuple):
     hidden: jax.Array | None = None  # [b n c] rows that enter the layer
     text: jax.Array | None = None  # [b c] site select: mean embedding of the text beside the image, in the space of the rows to choose from
     detail: jax.Array | None = None  # f32 [b n] site select: what the caller measured on each row's pixels (their entropy)
+    grid: jax.Array | None = None  # i32 [b 2] site select: rows and columns of each image's crops, where the caller knows; 0 = no crops
     weights: dict[str, jax.Array] | None = None  # the layer's parameters that were asked for by name
     freqs: jax.Array | None = None  # f32 [rotary_dim / 2] angle per unit of rotary id; always given by a rotary model
     layer: jax.Array | None = None  # i32 [] 0-based

@@ -7,13 +7,15 @@ from jaxtok.models.hf import Fields
 from jaxtok.models.tensors import Home, Table, matrix, piece
 from jaxtok.models.vlm import VlmConfig, shapes
 
-FAMILIES = ("llava",)
+FAMILIES = ("llava", "llava_next")
 _ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu"}
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-NeXT: heights and widths
 _KNOWN = {
     "projector_hidden_act": "gelu",
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",
     "image_token_index": 32000,
+    "image_grid_pinpoints": PINPOINTS,
 }
 _PROJECTOR = {"up": "linear_1.weight", "up_bias": "linear_1.bias", "down": "linear_2.weight", "down_bias": "linear_2.bias"}
 
@@ -47,10 +49,19 @@ def config_from_hf(raw: dict[str, Any]) -> VlmConfig:
             until=until,
             act=_ACTS[kind],
             image_token=token,
-            cls=chosen == "full",
+            cls=chosen == "full" and vision.cls,
+            pinpoints=pinpoints(r) if family == "llava_next" else (),
         )
     except ValueError as e:
         raise ValueError(str(e) if str(e).startswith("config.json") else f"config.json: {e}") from None
+
+
+def pinpoints(r: Fields) -> tuple[tuple[int, int], ...]:
+    """The resolutions of a config.json or preprocessor_config.json."""
+    value = r.get("image_grid_pinpoints", (list,))
+    if not value or not all(isinstance(p, list) and len(p) == 2 and all(type(side) is int for side in p) for p in value):
+        raise ValueError(f"image_grid_pinpoints={value!r} should be a list of heights and widths")
+    return tuple((y, x) for y, x in value)
 
 
 def table(cfg: VlmConfig, home: Home) -> Table:
@@ -68,6 +79,8 @@ def table(cfg: VlmConfig, home: Home) -> Table:
     projector = ("model." if new else "") + "multi_modal_projector."
     for name, shape in shapes(cfg)["projector"].items():
         out[projector + _PROJECTOR[name]] = [(matrix if len(shape) == 2 else piece)(("projector", name), shape)]
+    if cfg.pinpoints:
+        out[("model." if new else "") + "image_newline"] = [piece(("newline",), (cfg.text.width,))]
     return out
 
 

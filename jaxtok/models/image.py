@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -18,6 +18,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NEAREST, LANCZOS, BILINEAR, BICUBIC = range(4)  # the numbers of the files, and of Pillow
 MOST_PIXELS = 2**28  # of a resized picture
 Image = PIL.Image.Image | np.ndarray
+Made = TypeVar("Made")
 
 # What transformers (5.x, image_processing_<family>.py) assumes where the file is silent.
 _BASE: dict[str, Any] = {
@@ -67,24 +68,15 @@ class Processor:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Processor":
         """That of a checkpoint's folder or hub id; ValueError, one line, for a missing file and for what is not supported."""
-        folder = find(path)
-        file = next((f for f in (folder / "preprocessor_config.json", folder / "processor_config.json") if f.is_file()), None)
-        if file is None:
-            raise ValueError(f"{folder} has no preprocessor_config.json; make a Processor(size=..., mean=..., std=...)")
-        raw = tensors.read_json(file)
-        try:
-            return cls.of(Fields(raw, {}).object("image_processor") or raw)
-        except ValueError as e:
-            raise ValueError(f"{file}: {e}") from None
+        return described(path, cls.of)
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "Processor":
         """That of a preprocessor_config.json, in the spellings of transformers 4 and 5."""
-        kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
-        for end in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor"):
-            kind = kind.removesuffix(end) if isinstance(kind, str) else kind
+        kind = family(raw)
         if kind not in PROCESSORS:
-            raise ValueError(f"image_processor_type {kind!r} is not supported; supported: {', '.join(PROCESSORS)}")
+            elsewhere = "; models.image_anyres.AnyresProcessor takes it" if kind == "LlavaNext" else ""
+            raise ValueError(f"image_processor_type {kind!r} is not supported; supported: {', '.join(PROCESSORS)}{elsewhere}")
         if raw.get("do_pad"):
             raise ValueError("do_pad is not supported; pad what comes out")
         r = Fields(raw, PROCESSORS[kind])
@@ -133,6 +125,27 @@ class Processor:
         if out[0] * out[1] > MOST_PIXELS:
             raise ValueError(f"a picture of {height} by {width} would become {out[0]} by {out[1]}; crop it first")
         return out
+
+
+def described(path: str | os.PathLike[str], of: Callable[[dict[str, Any]], Made]) -> Made:
+    """What `of` makes of the preprocessor_config.json of a checkpoint's folder or hub id; errors name the file."""
+    folder = find(path)
+    file = next((f for f in (folder / "preprocessor_config.json", folder / "processor_config.json") if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} has no preprocessor_config.json; make a Processor(size=..., mean=..., std=...)")
+    raw = tensors.read_json(file)
+    try:
+        return of(Fields(raw, {}).object("image_processor") or raw)
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
+
+
+def family(raw: dict[str, Any]) -> Any:
+    """The kind of processor that a preprocessor_config.json names, without the endings of its spellings."""
+    kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
+    for end in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor"):
+        kind = kind.removesuffix(end) if isinstance(kind, str) else kind
+    return kind
 
 
 def rgb(image: Image) -> PIL.Image.Image:

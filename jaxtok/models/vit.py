@@ -275,10 +275,12 @@ def select(
     keep: Int[Array, " b"] | None = None,
     text: Array | None = None,
     detail: Array | None = None,
+    grid: Int[Array, "b 2"] | None = None,
 ) -> Tokens:
     """What recipe.select leaves of the rows of an encoder (or of rows made of them, one for one); `keep`: traced budget of live rows.
 
-    text [b c], detail [b n]: what the caller tells a method that asks for it (see `Evidence`). ValueError where it is missing.
+    text [b c], detail [b n]: what the caller tells a method that asks for it (see `Evidence`). ValueError where it is missing. grid: of
+    each image's crops, for methods that would else take their own `grid`.
     """
     method, tokens = recipe.select, encoded.tokens
     if method is None:
@@ -288,7 +290,7 @@ def select(
     for name, given, shape in (("text", text, (tokens.x.shape[0], tokens.x.shape[2])), ("detail", detail, tokens.pos.shape)):
         if getattr(method.needs, name) and (given is None or given.shape != shape):
             raise ValueError(f"{method.name} needs {name}= of shape {shape}, got {None if given is None else given.shape}")
-    told = encoded.evidence._replace(text=text, detail=detail)
+    told = encoded.evidence._replace(text=text, detail=detail, grid=grid)
     _, plan = method.plan(own, method.start(own, tokens), tokens, told, budget)
     return reduce(plan, tokens, method.positions)
 
