@@ -5,6 +5,7 @@ there on both sides and cut into a grid of crops; it is also squeezed into one m
 thumbnail, then by raster the patches of the joined crops without the padding, with a learned newline row at the end of each line.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +20,13 @@ from jaxtok.models.vit import Encoded
 
 MOST_SIDE = 2**15 - 1  # pixels
 Pinpoints = tuple[tuple[int, int], ...]  # height, width
+Size = Sequence[Any] | np.ndarray  # height, width
 
 
 # --- on the host -------------------------------------------------------------------------------------------------------
 
 
-def best(pinpoints: Pinpoints, size: tuple[int, int]) -> tuple[int, int]:
+def best(pinpoints: Pinpoints, size: Size) -> tuple[int, int]:
     """The resolution in which most of the picture's pixels stay, among those the smallest, of equals the first; in Python's floats, as
     transformers decides it."""
     height, width = (int(side) for side in size)
@@ -39,7 +41,7 @@ def best(pinpoints: Pinpoints, size: tuple[int, int]) -> tuple[int, int]:
     return max(pinpoints, key=fit)
 
 
-def placeholders(pinpoints: Pinpoints, image: tuple[int, int], grid: tuple[int, int], size: tuple[int, int]) -> int:
+def placeholders(pinpoints: Pinpoints, image: tuple[int, int], grid: tuple[int, int], size: Size) -> int:
     """How many placeholders stand for a picture; a crop is `image` pixels and a `grid` of patches."""
     point = best(pinpoints, size)
     lines, wide = (p // side * g for p, side, g in zip(point, image, grid, strict=True))
@@ -88,8 +90,8 @@ def layout(pinpoints: Pinpoints, image: tuple[int, int], grid: tuple[int, int], 
         left = y * x - here
         better = (here > stay) | ((here == stay) & (left < waste))
         stay, waste = jnp.where(better, here, stay), jnp.where(better, left, waste)
-        point = jnp.where(better[:, None], jnp.asarray([y, x], jnp.int32), point)
-    cut = point // jnp.asarray(image, jnp.int32)
+        point = jnp.where(better[:, None], jnp.asarray([[y, x]], jnp.int32), point)
+    cut = point // jnp.asarray([image], jnp.int32)
     fits = fits & (cut[:, 0] * cut[:, 1] < parts)
     skip, shape = _window(height, width, cut[:, 0] * grid[0], cut[:, 1] * grid[1], jnp.where)
     many = grid[0] * grid[1] + shape[0] * (shape[1] + 1)

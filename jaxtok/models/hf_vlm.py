@@ -17,6 +17,9 @@ _KNOWN = {
     "image_token_index": 32000,
     "image_grid_pinpoints": PINPOINTS,
 }
+# What transformers assumes of a text_config that is silent, as the published ones are.
+_TEXT = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
+_TEXTS = {"llama": {**_TEXT, "intermediate_size": 11008}, "mistral": {**_TEXT, "intermediate_size": 14336}}
 _PROJECTOR = {"up": "linear_1.weight", "up_bias": "linear_1.bias", "down": "linear_2.weight", "down_bias": "linear_2.bias"}
 
 
@@ -31,6 +34,7 @@ def config_from_hf(raw: dict[str, Any]) -> VlmConfig:
     vision = hf_encoders.config_from_hf(raw, "vision")
     text = r.object("text_config")
     text = {"model_type": "llama"} | text
+    text = _TEXTS.get(str(text["model_type"]), {}) | text
     layer, chosen = r.get("vision_feature_layer", (int,)), r.get("vision_feature_select_strategy", (str,))
     until = layer if layer >= 0 else vision.layers + 1 + layer  # hidden_states[0] is the embedding
     kind = r.get("projector_hidden_act", (str,))

@@ -68,7 +68,7 @@ class VlmConfig:
             return self.patches, 0
         return anyres.most(self.pinpoints, self.vision.image or (1, 1), self.vision.grid, parts)
 
-    def placeholders(self, size: tuple[int, int]) -> int:
+    def placeholders(self, size: anyres.Size) -> int:
         """How many placeholders stand for a picture of this height and width, as Hugging Face's processors write them."""
         if not self.pinpoints:
             return self.patches
@@ -195,7 +195,7 @@ def _insert(text: Tokens, mark: Bool[Array, "b n"], seen: Tokens, many: Int[Arra
     order = jnp.take_along_axis(text.pos, jnp.minimum(each(rank), n - 1), 1)
     pos = jnp.concatenate([jnp.where(mark, -1, text.pos), jnp.where(alive.reshape(b, -1), order, -1)], 1)
     both = lambda a, x: jnp.concatenate([a, cut(x).astype(a.dtype)], 1)
-    mine = jnp.arange(most, dtype=jnp.int32)
+    mine = jnp.arange(most, dtype=jnp.int32)[None, None]
     now = seen.source[:, :most].reshape(b, pictures, most)
     now = jnp.where(now < 0, -1, n + jnp.arange(pictures, dtype=jnp.int32)[None, :, None] * m + now)
     target = jnp.where((there[..., None] & (mine < many[..., None])).reshape(b, -1), each(jnp.broadcast_to(mine, now.shape)), n)

@@ -134,9 +134,7 @@ def main() -> None:
     for seed, name in enumerate(CASES):
         write(name, FOLDER / name, seed)
         print(name, file=sys.stderr)
-    theirs, config = processor(
-        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
-    )
+    theirs, config = processor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS)
     pixels, sizes = run(theirs, [PIL.Image.fromarray(x) for x in make_images.pictures().values()])
     odd = awkward(0)
     published = {"published.sizes": odd, "published.many": np.array(counts(odd, PUBLISHED, 336, 14), np.int32)}
