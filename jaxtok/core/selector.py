@@ -130,5 +130,7 @@ class GridSelector(Selector):
         if evidence.grid is not None:
             return jnp.maximum(evidence.grid, 1)
         if self.grid is None and self.crops > 1:
-            raise ValueError(f"crops={self.crops} stand in a grid; give grid=(rows, columns), or tell {type(self).__name__} that of each image")
+            raise ValueError(
+                f"crops={self.crops} stand in a grid; give grid=(rows, columns), or tell {type(self).__name__} that of each image"
+            )
         return jnp.asarray([self.grid or (1, 1)], jnp.int32)

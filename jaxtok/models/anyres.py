@@ -81,17 +81,15 @@ class Layout(NamedTuple):
 def layout(pinpoints: Pinpoints, image: tuple[int, int], grid: tuple[int, int], sizes: Int[Array, "b 2"], parts: int) -> Layout:
     """That of pictures whose original `sizes` (height, width) may be traced; `parts` sub-images each at most, thumbnail included."""
     fits = jnp.all((sizes > 0) & (sizes <= MOST_SIDE), -1)
-    height, width = (jnp.clip(sizes[:, i].astype(jnp.int32), 1, MOST_SIDE) for i in range(2))
-    stay, waste = jnp.zeros_like(height), jnp.full_like(height, jnp.iinfo(jnp.int32).max)
-    point = jnp.zeros((*height.shape, 2), jnp.int32)
-    for y, x in pinpoints:
-        p, q = (jnp.where(x * height < y * width, a, b) for a, b in ((x, y), (width, height)))
-        here = jnp.minimum(_scaled(width, p, q) * _scaled(height, p, q), width * height)
-        left = y * x - here
-        better = (here > stay) | ((here == stay) & (left < waste))
-        stay, waste = jnp.where(better, here, stay), jnp.where(better, left, waste)
-        point = jnp.where(better[:, None], jnp.asarray([[y, x]], jnp.int32), point)
-    cut = point // jnp.asarray([image], jnp.int32)
+    whole = jnp.clip(sizes.astype(jnp.int32), 1, MOST_SIDE)
+    height, width = whole[:, :1], whole[:, 1:]
+    y, x = jnp.asarray(pinpoints, jnp.int32)[None].transpose(2, 0, 1)
+    p, q = (jnp.where(x * height < y * width, a, b) for a, b in ((x, y), (width, height)))
+    there = _scaled(jnp.broadcast_to(whole[:, None], (*q.shape, 2)), p[..., None], q[..., None])
+    stay = jnp.minimum(there[..., 0] * there[..., 1], height * width)
+    area = jnp.where(stay == jnp.max(stay, -1, keepdims=True), y * x, jnp.iinfo(jnp.int32).max)
+    cut = (jnp.asarray(pinpoints, jnp.int32) // jnp.asarray([image], jnp.int32))[jnp.argmin(area, -1)]
+    height, width = whole[:, 0], whole[:, 1]
     fits = fits & (cut[:, 0] * cut[:, 1] < parts)
     skip, shape = _window(height, width, cut[:, 0] * grid[0], cut[:, 1] * grid[1], jnp.where)
     many = grid[0] * grid[1] + shape[0] * (shape[1] + 1)

@@ -145,14 +145,14 @@ def embed(
     most, lines = cfg.most(parts)
     if pictures * most > n and (rows is None or not cut):
         raise ValueError(f"{pictures} pictures of {most} placeholders do not fit into {n} ids; pad ids to more")
+    positions = "repack" if recipe.select is None else recipe.select.positions
+    with_cls = getattr(recipe.select, "with_cls", False)
+    if cut and with_cls and positions != "repack":
+        raise ValueError(f"{recipe.select.name} keeps class rows, which have no place in a picture in crops; give positions='repack'")  # type: ignore[union-attr]
     flat = images.reshape(b * pictures * parts, *images.shape[-3:])
     found = _tower(cfg, params, flat, recipe, None if keep is None else keep.get("vit"), key, proportional, impl)
     told = _told(cfg, params, recipe, pictures, ids, live, keep)
-    positions = "repack" if recipe.select is None else recipe.select.positions
-    with_cls = getattr(recipe.select, "with_cls", False)
     if cfg.pinpoints and sizes is not None:
-        if with_cls and positions != "repack":
-            raise ValueError(f"{recipe.select.name} keeps class rows, which have no place in a picture in crops; give positions='repack'")  # type: ignore[union-attr]
         grid, several = cfg.vision.grid, recipe.select is not None and bool(recipe.select.needs.layers)
         plan = anyres.layout(cfg.pinpoints, cfg.vision.image or (1, 1), grid, sizes.reshape(-1, 2), parts)
         place = anyres.places(plan, grid, parts)

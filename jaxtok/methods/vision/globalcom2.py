@@ -77,7 +77,7 @@ class GlobalCom2(GridSelector):
     def score(self, params, tokens: Tokens, evidence: Evidence):
         return jax.lax.stop_gradient(self.logits(tokens, evidence))
 
-    def ratios(self, thumbnail, r, evidence: Evidence = Evidence()):
+    def ratios(self, thumbnail, r, evidence: Evidence):
         """f32 [b crops-1] of the thumbnail's g [b side side]."""
         grid = self.crop_grid(evidence)
         edge = lambda k: jnp.minimum(jnp.arange(self.side, dtype=jnp.int32)[None] // jnp.maximum(self.side // k, 1), k - 1)

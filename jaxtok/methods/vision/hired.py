@@ -63,7 +63,7 @@ class HiRED(GridSelector):
     def score(self, params, tokens: Tokens, evidence: Evidence):
         return jnp.sum(check.given("cls", evidence.cls)[1].astype(jnp.float32), 1)
 
-    def place(self, tokens: Tokens, thumb, rank, evidence: Evidence = Evidence()):
+    def place(self, tokens: Tokens, thumb, rank, evidence: Evidence):
         """Crop 0, 1, ... (raster) whose part of the picture each thumbnail row is in."""
         grid = self.crop_grid(evidence)
         rows, cols = grid[:, :1], grid[:, 1:]

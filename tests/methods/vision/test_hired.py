@@ -83,7 +83,7 @@ def test_official_cells_are_runs_and_half_of_them_lie_elsewhere():
     tokens = images(np.zeros((1, 576, 1)), special=0, cell=grid(24, 24))
     thumb, rank = np.ones((1, 576), bool), np.arange(576, dtype=np.int32)[None]
     runs, quadrants = (
-        np.asarray(HiRED(capacity=9, grid=(2, 2), spatial=s).place(tokens, thumb, rank))[0] for s in ("official", "quadrant")
+        np.asarray(HiRED(capacity=9, grid=(2, 2), spatial=s).place(tokens, thumb, rank, Evidence()))[0] for s in ("official", "quadrant")
     )
     assert [((runs == i) & (quadrants == i)).sum() for i in range(4)] == [72, 72, 72, 72]
 
