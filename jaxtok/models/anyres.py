@@ -198,4 +198,5 @@ def lay(tokens: Tokens, plan: Layout, place: Int[Array, "b p n"], cols: int, new
         segment=both(tokens.segment, -1),
         cell=both(tokens.cell, -1),
         source=source,
+        score=None if tokens.score is None else both(tokens.score, 0.0),
     )

@@ -2,8 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+import pathlib
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -18,7 +19,6 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NEAREST, LANCZOS, BILINEAR, BICUBIC = range(4)  # the numbers of the files, and of Pillow
 MOST_PIXELS = 2**28  # of a resized picture
 Image = PIL.Image.Image | np.ndarray
-Made = TypeVar("Made")
 
 # What transformers (5.x, image_processing_<family>.py) assumes where the file is silent.
 _BASE: dict[str, Any] = {
@@ -68,7 +68,11 @@ class Processor:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Processor":
         """That of a checkpoint's folder or hub id; ValueError, one line, for a missing file and for what is not supported."""
-        return described(path, cls.of)
+        file, raw = described(path)
+        try:
+            return cls.of(raw)
+        except ValueError as e:
+            raise ValueError(f"{file}: {e}") from None
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "Processor":
@@ -127,25 +131,17 @@ class Processor:
         return out
 
 
-def described(path: str | os.PathLike[str], of: Callable[[dict[str, Any]], Made]) -> Made:
-    """What `of` makes of the preprocessor_config.json of a checkpoint's folder or hub id; errors name the file."""
+def described(path: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any]]:
+    """(the file that describes a checkpoint's image processor, what it says); ValueError where there is none."""
     folder = find(path)
     file = next((f for f in (folder / "preprocessor_config.json", folder / "processor_config.json") if f.is_file()), None)
     if file is None:
-        raise ValueError(f"{folder} has no preprocessor_config.json; make a Processor(size=..., mean=..., std=...)")
+        raise ValueError(f"{folder} has no preprocessor_config.json; make a processor of your own: Processor(size=..., mean=..., std=...)")
     raw = tensors.read_json(file)
     try:
-        return of(Fields(raw, {}).object("image_processor") or raw)
+        return file, Fields(raw, {}).object("image_processor") or raw
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
-
-
-def family(raw: dict[str, Any]) -> Any:
-    """The kind of processor that a preprocessor_config.json names, without the endings of its spellings."""
-    kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
-    for end in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor"):
-        kind = kind.removesuffix(end) if isinstance(kind, str) else kind
-    return kind
 
 
 def rgb(image: Image) -> PIL.Image.Image:
@@ -163,6 +159,14 @@ def rgb(image: Image) -> PIL.Image.Image:
         white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
         return PIL.Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def family(raw: dict[str, Any]) -> Any:
+    """The kind of processor that a preprocessor_config.json names, without the endings of its spellings."""
+    kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
+    for end in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor"):
+        kind = kind.removesuffix(end) if isinstance(kind, str) else kind
+    return kind
 
 
 def _from_array(x: np.ndarray) -> PIL.Image.Image:

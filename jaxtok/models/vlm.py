@@ -217,6 +217,7 @@ def _insert(text: Tokens, mark: Bool[Array, "b n"], seen: Tokens, many: Int[Arra
         + jnp.sum(seen.lost.reshape(b, pictures), -1)
         + dropped
         + jnp.maximum(jnp.sum(pos >= 0, -1, dtype=jnp.int32) - rows, 0),
+        score=None if seen.score is None else both(jnp.zeros_like(text.size), seen.score),
     )
     index = jnp.argsort(pos, axis=-1, stable=True)[:, max(n + pictures * m - rows, 0) :].astype(jnp.int32)
     plan = from_index(jnp.where(jnp.take_along_axis(pos, index, 1) >= 0, index, -1), n + pictures * m)
