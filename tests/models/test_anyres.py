@@ -12,7 +12,6 @@ import safetensors.numpy
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import CROP, IMAGE, SPECIAL, TEXT
-from jaxtok.decode import generate
 from jaxtok.methods import FasterVLM, GlobalCom2, HiRED, SnapKV, ToMe, VisionZip
 from jaxtok.models import anyres, decoder, hf_vlm, load, vit, vlm
 from tests.golden import make_llava_next
@@ -20,15 +19,13 @@ from tests.golden import make_llava_next
 PUBLISHED = tuple((y, x) for y, x in make_llava_next.PUBLISHED)
 OTHER = np.array([[[90, 11], [24, 24]], [[11, 40], [31, 17]]], np.int32)  # the sizes of the case, turned about
 P, N = 5, 9  # sub-images, patches of each
-TENTH = 9  # rows of a picture that stay: 0.2 of its 45 patch rows
+FIFTH = 9  # rows of a picture that stay: 0.2 of its 45 patch rows
 RECIPES = {
-    "plain": Recipe(),
     "full": Recipe(vit=((1, ToMe(remove=0)),), select=FasterVLM(capacity=P * N, crops=P)),
-    "fastervlm": Recipe(select=FasterVLM(capacity=TENTH, special=0, crops=P)),
-    "fastervlm keep": Recipe(select=FasterVLM(capacity=TENTH, special=0, crops=P, positions="keep")),
-    "hired": Recipe(select=HiRED(capacity=TENTH, special=0, crops=P, layers=(0, -1))),
-    "globalcom2": Recipe(select=GlobalCom2(capacity=TENTH, special=0, crops=P, side=3)),
-    "visionzip": Recipe(select=VisionZip(capacity=TENTH, contextual=3, special=P)),
+    "fastervlm": Recipe(select=FasterVLM(capacity=FIFTH, special=0, crops=P, positions="keep")),
+    "hired": Recipe(select=HiRED(capacity=FIFTH, special=0, crops=P, layers=(0, -1))),
+    "globalcom2": Recipe(select=GlobalCom2(capacity=FIFTH, special=0, crops=P, side=3)),
+    "visionzip": Recipe(select=VisionZip(capacity=FIFTH, contextual=3, special=P)),
     "tome": Recipe(vit=((1, ToMe(remove=3)),)),
 }
 TRACES: list[str] = []
@@ -42,28 +39,33 @@ def model(name="next"):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(cfg, params, pixels, ids, live, sizes):
+def plain(cfg, params, pixels, ids, live, sizes):
+    TRACES.append(cfg.family)
     tokens = vlm.embed(cfg, params, pixels, ids, live, sizes=sizes, rows=ids.shape[1])
     out, _ = decoder.prefill(cfg.text, params, tokens, new=0)
-    return decoder.logits(cfg.text, params, out.x), tokens.source
+    return tokens, decoder.logits(cfg.text, params, out.x)
 
 
 def error(cfg, params, case) -> float:
-    logits, source = _logits(cfg, params, *(case[k] for k in ("pixels", "ids", "live", "sizes")))
-    rows = np.take_along_axis(np.asarray(logits), np.maximum(source, 0)[..., None], 1)
+    tokens, logits = plain(cfg, params, *(case[k] for k in ("pixels", "ids", "live", "sizes")))
+    rows = np.take_along_axis(np.asarray(logits), np.maximum(tokens.source, 0)[..., None], 1)
     return float(np.abs(np.where(case["live"][..., None], rows - case["logits"], 0)).max())
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("rows",))
-def embed(name, params, pixels, ids, live, sizes, keep=None, rows=88):
-    TRACES.append(name)
-    return vlm.embed(model()[0], params, pixels, ids, live, RECIPES[name], sizes=sizes, keep=keep, rows=rows)
+@functools.partial(jax.jit, static_argnums=0)
+def reduced(name, params, pixels, ids, live, sizes, keep):
+    return vlm.embed(model()[0], params, pixels, ids, live, RECIPES[name], sizes=sizes, keep=keep, rows=88)
+
+
+def embed(name, params, *inputs, keep=None):
+    return plain(model()[0], params, *inputs)[0] if name == "plain" else reduced(name, params, *inputs, keep)
 
 
 @functools.cache
 def done(name, turned=False):
     _, params, case = model()
-    return jax.tree.map(np.asarray, embed(name, params, case["pixels"], *prompts(turned), OTHER if turned else case["sizes"]))
+    keep = {"select": np.full((2, 2), FIFTH)} if name == "hired" else None
+    return jax.tree.map(np.asarray, embed(name, params, case["pixels"], *prompts(turned), OTHER if turned else case["sizes"], keep=keep))
 
 
 def prompts(turned=False):
@@ -173,7 +175,7 @@ def test_new_names_of_tensors(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"model_type": "llava"}))
     with pytest.raises(ValueError, match=r"unexpected: model\.image_newline"):
         load.load_vlm(tmp_path)
-    fresh = vlm.init(cfg, jax.random.key(0))
+    fresh = jax.eval_shape(lambda key: vlm.init(cfg, key), jax.random.key(0))
     jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), params, fresh)
 
 
@@ -200,13 +202,13 @@ def test_one_program_for_pictures_of_all_sizes():
     _, params, case = model()
     run = lambda sizes, turned=False: embed("plain", params, case["pixels"], *prompts(turned), sizes)
     run(case["sizes"])
-    before = TRACES.count("plain")
+    before = len(TRACES)
     assert run(OTHER, True).lost.tolist() == [0, 0]
     run(np.full((2, 2, 2), 30, np.int32))
-    assert TRACES.count("plain") == before
+    assert len(TRACES) == before
 
 
-@pytest.mark.parametrize("name", ["fastervlm", "fastervlm keep", "hired", "globalcom2"])
+@pytest.mark.parametrize("name", ["fastervlm", "hired", "globalcom2"])
 def test_a_fifth_of_the_rows(name):
     """Through the whole path: what stays is what it was, where it was; newlines and text stay; nothing is lost."""
     cfg, _, case = model()
@@ -224,13 +226,13 @@ def test_a_fifth_of_the_rows(name):
             many = cfg.placeholders(size)
             here = [j for j in range(start, start + many) if few.source[b, j] >= 0]
             left = [j for j in here if whole.kind[b, whole.source[b, j]] != SPECIAL]
-            assert TENTH - P <= len(left) <= TENTH and left[0] < start + N
+            assert FIFTH - P <= len(left) <= FIFTH and left[0] < start + N
             stand = few.source[b, [j for j in here if j >= start + N]]
             assert (np.diff(stand) > 0).all(), "crop rows and newlines stand by the joined raster"
         rope = few.rope[b, np.sort(now), 0]
         own = np.sort(whole.pos[b, then])
-        assert rope.tolist() == (own.tolist() if "keep" in name else list(range(len(now))))
-        assert few.delta[b] == (0 if "keep" in name else len(now) - whole.seen[b])
+        assert rope.tolist() == (own.tolist() if name == "fastervlm" else list(range(len(now))))
+        assert few.delta[b] == (0 if name == "fastervlm" else len(now) - whole.seen[b])
 
 
 def _starts(mark, sizes):
@@ -258,7 +260,7 @@ def test_the_best_of_each_crop_stay():
             want = set()
             for p in range(P):
                 mine = sorted((r for r in rows if r[0] == p), key=lambda r, p=p: -looked[b, i, p, r[1] * 3 + r[2]])
-                want |= set(mine[: 2 if p < TENTH % P else 1])
+                want |= set(mine[: 2 if p < FIFTH % P else 1])
             assert got == want
 
 
@@ -284,7 +286,8 @@ def test_class_rows_may_stay():
 
 def test_a_full_budget_is_the_plain_model():
     for name, a, b in zip(done("plain")._fields, done("plain"), done("full"), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+        if a is not None:
+            np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
 def test_a_merged_tower_drops_no_patch_of_a_picture():
@@ -302,7 +305,7 @@ def test_a_merged_tower_drops_no_patch_of_a_picture():
 def test_a_traced_budget():
     """Of each picture; newlines apart."""
     _, params, case = model()
-    out = embed("hired", params, case["pixels"], *prompts(), case["sizes"], {"select": jnp.asarray([[9, 3], [0, 6]])})
+    out = embed("hired", params, case["pixels"], *prompts(), case["sizes"], keep={"select": np.array([[9, 3], [0, 6]])})
     full = done("hired")
     alive = lambda t, b: ((np.asarray(t.kind[b]) == IMAGE) | (np.asarray(t.kind[b]) == CROP)) & (np.asarray(t.pos[b]) >= 0)
     assert [alive(out, b).sum() <= most for b, most in enumerate((12, 6))] == [True, True]
@@ -310,20 +313,20 @@ def test_a_traced_budget():
     assert all((out.kind[b] == SPECIAL).sum() == (full.kind[b] == SPECIAL).sum() for b in range(2)) and (out.lost == 0).all()
 
 
-def test_answers_in_one_program_with_a_compressed_cache():
+def test_rows_that_are_saved_and_a_compressed_cache():
+    """The program is as long as the text and what is left of the largest pictures."""
     cfg, params, case = model()
     recipe = RECIPES["hired"].replace(cache=SnapKV(capacity=8, window=4))
     ids, live = np.pad(case["ids"], ((0, 0), (20, 0))), np.pad(case["live"], ((0, 0), (20, 0)))
 
     @jax.jit
-    def answer(params, pixels, sizes, ids, live):
+    def read(params, pixels, sizes, ids, live):
         tokens = vlm.embed(cfg, params, pixels, ids, live, recipe, sizes=sizes)
-        tokens, layers = decoder.prefill(cfg.text, params, tokens, recipe, new=4)
-        return tokens, layers, generate(cfg.text, params, tokens, layers, recipe, new=4).ids
+        return decoder.prefill(cfg.text, params, tokens, recipe, new=4)
 
-    tokens, layers, said = answer(params, case["pixels"], case["sizes"], ids, live)
+    tokens, layers = read(params, case["pixels"], case["sizes"], ids, live)
     assert tokens.x.shape[1] == 108 - 2 * (51 - 9 - 9), "n less what is taken from each picture"
-    assert said.shape == (2, 4) and layers[0][0].kv.k.shape[2] == 12 and (tokens.lost == 0).all()
+    assert layers[0][0].kv.k.shape[2] == 12 and (tokens.lost == 0).all() and np.isfinite(tokens.x).all()
 
 
 # --- what does not fit -------------------------------------------------------------------------------------------------
@@ -343,20 +346,14 @@ def test_placeholders_of_no_whole_picture_are_counted():
     assert gone.lost.tolist() == [many[0][1], 0]
     over = embed("plain", params, pixels, ids, live, sizes.clip(max=2**15) + np.array([[[0], [2**15]], [[0], [0]]], np.int32))
     assert over.lost.tolist() == [many[0][1], 0]
-    short = embed("plain", params, pixels, ids, live, sizes, rows=40)
-    assert short.lost.tolist() == [max(int(k) - 40, 0) for k in live.sum(1)]
 
 
 def test_a_picture_of_more_crops_than_there_is_room_for():
-    cfg, params, case = model()
-    ids, live = prompts()
-    three = jax.jit(lambda *a: vlm.embed(cfg, params, *a, sizes=jnp.asarray(case["sizes"]), rows=88))(case["pixels"][:, :, :3], ids, live)
-    cut = [[anyres.best(cfg.pinpoints, size) for size in row] for row in case["sizes"]]
-    many = [
-        [cfg.placeholders(size) * (y * x > 2 * 144) for size, (y, x) in zip(a, b, strict=True)]
-        for a, b in zip(case["sizes"], cut, strict=True)
-    ]
-    assert three.lost[0] >= sum(many[0]) > 0 and three.lost[1] >= sum(many[1])
+    """It is none, as one of size 0."""
+    cfg, sizes = model()[0], np.array([[31, 17], [11, 40], [90, 11], [0, 9], [9, 2**15]], np.int32)
+    plan = jax.jit(lambda s: anyres.layout(cfg.pinpoints, (12, 12), (3, 3), s, 4))(sizes)
+    assert plan.many.tolist() == [0, cfg.placeholders((11, 40)), cfg.placeholders((90, 11)), 0, 0]
+    assert plan.grid.tolist() == [[0, 0], [1, 3], [3, 1], [0, 0], [0, 0]]
 
 
 def test_refused():
