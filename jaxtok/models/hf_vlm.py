@@ -60,6 +60,14 @@ def config_from_hf(raw: dict[str, Any]) -> VlmConfig:
         raise ValueError(str(e) if str(e).startswith("config.json") else f"config.json: {e}") from None
 
 
+def pinpoints(r: Fields) -> tuple[tuple[int, int], ...]:
+    """The resolutions of a config.json or preprocessor_config.json."""
+    value = r.get("image_grid_pinpoints", (list,))
+    if not value or not all(isinstance(p, list) and len(p) == 2 and all(type(side) is int for side in p) for p in value):
+        raise ValueError(f"image_grid_pinpoints={value!r} should be a list of heights and widths")
+    return tuple((y, x) for y, x in value)
+
+
 def table(cfg: VlmConfig, home: Home) -> Table:
     """Which tensor holds which parameters, the embedding first: under the names of old and of new checkpoints."""
     new = "model.language_model.embed_tokens.weight" in home
@@ -87,11 +95,3 @@ def ignorable(name: str, cfg: VlmConfig) -> bool:
         or ".post_layernorm." in name
         or (cfg.text.tied and name.endswith("lm_head.weight"))
     )
-
-
-def pinpoints(r: Fields) -> tuple[tuple[int, int], ...]:
-    """The resolutions of a config.json or preprocessor_config.json."""
-    value = r.get("image_grid_pinpoints", (list,))
-    if not value or not all(isinstance(p, list) and len(p) == 2 and all(type(side) is int for side in p) for p in value):
-        raise ValueError(f"image_grid_pinpoints={value!r} should be a list of heights and widths")
-    return tuple((y, x) for y, x in value)

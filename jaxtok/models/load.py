@@ -111,7 +111,7 @@ def load_vlm(
     sharding: Placement | Mapping[str, Placement] | None = None,
     progress: Progress | None = None,
 ) -> tuple[VlmConfig, Params, Tokenizer | None]:
-    """(cfg, params, tokenizer or None) of a vision-language model (LLaVA-1.5) for `models.vlm`; arguments and errors as in `load`."""
+    """(cfg, params, tokenizer or None) of a vision-language model (LLaVA-1.5, LLaVA-NeXT) for `models.vlm`; arguments and errors as in `load`."""
     dtype, place = _floating(dtype), _placer(sharding)
     where = find(path)
     if not (where / "config.json").is_file():
