@@ -31,7 +31,7 @@ def segment_sum(x: jax.Array, assign: Int[Array, "*B n"], m: int) -> jax.Array:
     batch, n = assign.shape[:-1], assign.shape[-1]
     rows = jnp.where(assign < 0, m, assign).reshape(math.prod(batch), n)
     flat = x.astype(jnp.float32).reshape((rows.shape[0], n, *x.shape[assign.ndim :]))
-    out = jax.vmap(lambda a, i: jnp.zeros((m + 1, *a.shape[1:]), jnp.float32).at[i].add(a)[:m])(flat, rows)
+    out = jax.vmap(lambda a, i: jnp.zeros((m, *a.shape[1:]), jnp.float32).at[i].add(a, mode="drop"))(flat, rows)
     return out.reshape((*batch, m, *x.shape[assign.ndim :]))
 
 
