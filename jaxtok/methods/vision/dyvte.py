@@ -18,7 +18,7 @@ from jaxtok.core.selector import asking, pictured
 from jaxtok.core.types import Evidence, Plan, Tokens
 
 
-def look(tokens: Tokens) -> Float[Array, "b 2c"]:
+def look(tokens: Tokens) -> Float[Array, "b wide"]:
     """What the gate reads, f32: the mean of the text rows behind the image but the last, and the last row."""
     x, asks = tokens.x.astype(jnp.float32), asking(tokens)
     last = asks & (tokens.pos == jnp.max(tokens.pos, -1, keepdims=True))
@@ -29,10 +29,10 @@ def look(tokens: Tokens) -> Float[Array, "b 2c"]:
     return jnp.concatenate([mean(asks & ~last), mean(last)], -1)
 
 
-def gate(params, x: Float[Array, "b 2c"]) -> Float[Array, "b 2"]:
+def gate(params, x: Float[Array, "b wide"]) -> Float[Array, "b 2"]:
     """Logits of (stay, exit), f32: Linear without bias, GELU, Linear."""
     wide = jax.nn.gelu(x @ params["up"].astype(jnp.float32), approximate=False)
-    return wide @ params["down"].astype(jnp.float32) + params["bias"].astype(jnp.float32)
+    return wide @ params["down"].astype(jnp.float32) + params["bias"].astype(jnp.float32)[None]
 
 
 @register(

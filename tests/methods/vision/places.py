@@ -70,8 +70,9 @@ def planned(method, tokens, evidence, state=None, keep=None):
 
 @functools.cache
 def model(cfg: Config = TINY, dtype="float32"):
-    params = blocks.init(cfg, jax.random.key(0), jnp.dtype(dtype), embed_std=1.0)
-    return params | {"layers": tuple(p | {"q": p["q"] * 2, "k": p["k"] * 2} for p in params["layers"])}
+    with jax.ensure_compile_time_eval():  # asked for while something is traced, it is still kept
+        params = blocks.init(cfg, jax.random.key(0), jnp.dtype(dtype), embed_std=1.0)
+        return params | {"layers": tuple(p | {"q": p["q"] * 2, "k": p["k"] * 2} for p in params["layers"])}
 
 
 def prompt(kinds: str, b=1, cfg: Config = TINY, seed=1) -> Tokens:

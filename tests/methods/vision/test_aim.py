@@ -108,18 +108,14 @@ def test_official_pruning(data):
         pos = np.broadcast_to(np.arange(n, dtype=np.int32), (b, n))
         one_hot = jnp.broadcast_to(jnp.eye(n), (b, h, n, n))
         kind = np.where((np.arange(n) >= first) & (np.arange(n) < last), IMAGE, 0)
+        free, tokens = kind == IMAGE, rows(np.ones((b, n, 2)), special=0)
+        method = AIMLayers(capacity=last - first, images=last - first)
         for layer in range(many):
             here = alive[max(layer - 1, 0)]
             seen = rank(jnp.asarray(logits[layer]), one_hot, tau=jnp.float32(case["tau"]), q_pos=pos, k_pos=np.where(here, pos, -1))
-            free = kind == IMAGE
-            many_images = int((here[0] & free).sum())
-            stay = int((last - first) * float(rates[12 + layer]))
-            if not many_images:
-                continue
-            method = AIMLayers(capacity=min(stay, many_images), images=many_images)
-            tokens = rows(np.ones((b, n, 2)), special=0)
-            tokens = tokens._replace(pos=jnp.where(here, pos, -1), kind=jnp.broadcast_to(jnp.asarray(kind, jnp.int8), (b, n)))
-            score, plan = planned(method, tokens, Evidence(ranked=seen))
+            now = tokens._replace(pos=jnp.where(here, pos, -1), kind=jnp.broadcast_to(jnp.asarray(kind, jnp.int8), (b, n)))
+            keep = int((last - first) * float(rates[12 + layer])) + (here & ~free).sum(1)
+            score, plan = planned(method, now, Evidence(ranked=seen), keep=jnp.asarray(keep, jnp.int32))
             both = here & free
             np.testing.assert_allclose(score[both], case["importance_pagerank"][layer][both], atol=2e-6)
             np.testing.assert_array_equal(plan.assign >= 0, alive[layer])
