@@ -107,7 +107,8 @@ class Recipe:
         count = cfg.layers
         for k, method in self.layers:
             needs = method.layer(k, count).needs
-            first = 0 if needs.own or needs == Needs() else 1
+            bare = needs._replace(score=False) == Needs()
+            first = 0 if bare or (needs.own and not needs.change) else 1
             if not first <= k < count:
                 raise ValueError(f"{method.name} acts before layer {k}; a decoder of {count} layers has places {first} to {count - 1}")
         for method in (self.cache, self.policy, *(m for _, m in self.layers)):

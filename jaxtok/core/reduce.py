@@ -9,7 +9,17 @@ from jaxtyping import Array, Int
 from jaxtok.core import check
 from jaxtok.core.types import KV, DensePlan, Evidence, Plan, Tokens
 
-ATTENTION = ("rows", "received", "peak", "perturbed", "cls", "asked", "asked_peak", "looked")  # of `Evidence`: what a group is given in all
+ATTENTION = (
+    "rows",
+    "received",
+    "peak",
+    "perturbed",
+    "ranked",
+    "cls",
+    "asked",
+    "asked_peak",
+    "looked",
+)  # of `Evidence`: what a group is given in all
 POSITIONS = ("keep", "repack", "keep_mrope")
 
 

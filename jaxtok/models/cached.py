@@ -23,7 +23,7 @@ from jaxtok.models.config import Config
 from jaxtok.ops import offload
 from jaxtok.ops.attention import attention, merge
 from jaxtok.ops.cache import append, place
-from jaxtok.ops.evidence import peak, perturbed, received, rows
+from jaxtok.ops.evidence import peak, perturbed, ranked, received, rows
 from jaxtok.ops.noise import words
 
 
@@ -251,6 +251,8 @@ def observe(
     if needs.perturbed is not None:
         drawn = words(key, needs.perturbed.seed, layer)
         out["perturbed"] = perturbed(q, k, words=drawn, tau=needs.perturbed.tau, diagonal=diagonal, **see)
+    if needs.ranked is not None:
+        out["ranked"] = ranked(q, k, tau=needs.ranked.tau, rounds=needs.ranked.rounds, diagonal=diagonal, **see)
     if needs.cls or needs.lead:
         first = jnp.argmax(see["q_pos"] >= 0, -1)[:, None]
         one = lambda x, axis: jnp.take_along_axis(x, first.reshape(-1, *(1,) * (x.ndim - 1)), axis)
@@ -317,7 +319,7 @@ def _heads_of_evidence(evidence: Evidence, a: int, b: int, group: int, heads: in
         d = weights["o"].shape[0] // (group * heads)
         weights = weights | {"o": weights["o"][a * group * d : b * group * d]}
     return evidence._replace(
-        **{name: per_query(getattr(evidence, name)) for name in ("rows", "received", "peak", "perturbed", "cls", "turned")},
+        **{name: per_query(getattr(evidence, name)) for name in ("rows", "received", "peak", "perturbed", "ranked", "cls", "turned")},
         keys=None if evidence.keys is None else evidence.keys[:, a:b],
         queries=None if evidence.queries is None else tuple(map(per_query, evidence.queries)),
         weights=weights,

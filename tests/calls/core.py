@@ -26,6 +26,7 @@ from jaxtok.core import (
     segments,
     select,
     selector,
+    stages,
     types,
 )
 from jaxtok.core import vacate as steps
@@ -38,6 +39,8 @@ NONE_OR_FOUR = st.sampled_from([None, 0, 4])
 PLACES = ["nowhere.py", "no.such.module", "", ".", "..", "a b", "json", "/", "a\0b.py"]
 
 plain("core.budget.capacity")(lambda draw: (budget.capacity, (usually(draw, REALS), usually(draw, INTS)), {}))
+plain("core.budget.floored")(lambda draw: (budget.floored, (usually(draw, REALS), usually(draw, INTS)), {}))
+plain("core.stages.schedule")(lambda draw: (lambda x: len(stages.schedule(x)), (draw(ANY),), {}))
 plain("core.check.at_least")(lambda draw: (check.at_least, ("x", usually(draw, REALS), draw(REALS)), {}))
 plain("core.check.between")(lambda draw: (check.between, ("x", usually(draw, REALS), draw(REALS), draw(REALS)), {}))
 plain("core.check.budget")(lambda draw: (check.budget, ("x", usually(draw, INTS), draw(INTS)), {}))

@@ -205,6 +205,8 @@ def shrink(make):
             if method.needs.probs:
                 square = jnp.broadcast_to(jnp.abs(evidence.cls)[:, :, None], (s.b, s.h, s.n, s.n))
                 evidence = evidence._replace(probs=square)
+            if method.needs.score:
+                tokens = tokens._replace(score=evidence.detail)
             if method.needs.layers:
                 evidence = jax.tree.map(lambda x: jnp.stack([x] * len(method.needs.layers)), evidence)
             _, plan = method.plan(own, method.start(own, tokens), tokens, evidence, keep)

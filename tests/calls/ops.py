@@ -106,6 +106,13 @@ def _(s):
     return Case(fn, lambda v: operands(s, v) | drawn(v) | {"tau": v.floats(least=1e-3)}, how(s))
 
 
+@case("ops.evidence.ranked")
+def _(s):
+    fn = lambda q, k, tau, **see: evidence.ranked(q, k, tau=tau, rounds=s.one(0, 1, 5), **see)
+    square = lambda v: operands(s, v) | {"q": v.rows(s.b, s.h, s.n, s.d), "q_pos": v.positions(s.b, s.n, packed=False)}
+    return Case(fn, lambda v: square(v) | {"tau": v.floats(least=1e-3)}, how(s) | {"diagonal": None})
+
+
 @case("ops.noise.gumbel")
 def _(s):
     def arrays(v):
