@@ -1,5 +1,6 @@
 """How many image rows go through each layer of a decoder: a budget in the three conventions of the literature, forth and back."""
 
+import itertools
 import math
 from fractions import Fraction
 from typing import NamedTuple
@@ -162,4 +163,4 @@ def _places(at: tuple[int, ...], layers: int) -> None:
 def _shares(at: tuple[int, ...], layers: int) -> list[Fraction]:
     """Of the layers, those before the first place, between the places, behind the last."""
     edges = (0, *at, layers)
-    return [Fraction(b - a, layers) for a, b in zip(edges, edges[1:], strict=False)]
+    return [Fraction(b - a, layers) for a, b in itertools.pairwise(edges)]

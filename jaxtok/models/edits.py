@@ -38,7 +38,7 @@ def prefill(cfg: Config, params, tokens: Tokens, recipe: Recipe, *, new: int, pr
     """`decoder.prefill` of a recipe with an edit -> (tokens, layers)."""
     (edit,), learned, out = recipe.edits, params.get("methods", {}).get("edits", ({},))[0], []
     tokens, split = _enter(edit, tokens)
-    near: dict[tuple[int, bool], Near] = {}
+    near: dict[Any, Near] = {}
     for i, p in enumerate(params["layers"]):
         if split is not None and edit.until is not None and i >= edit.until:
             tokens, split = reduce(split.text, tokens), None

@@ -32,9 +32,7 @@ def pictures(cell: Int[Array, "b n 2"], apart: Int[Array, "b n k"]) -> Int32[Arr
     return jnp.cumsum(jnp.pad(~same, ((0, 0), (1, 0)))[:, : row.shape[1]], -1, dtype=jnp.int32)
 
 
-def neighbours(
-    cell: Int[Array, "b n 2"], picture: Int[Array, "b n"], live: Bool[Array, "b n"], *, reach: int, causal: bool = True
-) -> Near:
+def neighbours(cell: Int[Array, "b n 2"], picture: Int[Array, "b n"], live: Bool[Array, "b n"], *, reach: int, causal: bool = True) -> Near:
     """Live rows of the same picture at most `reach` rows and columns away, itself among them; causal: none that stands later.
 
     A list of (2 reach + 1)^2 entries (causal: half of that and one), or a mask where the list would not be a quarter of the rows. Cells of a

@@ -43,15 +43,25 @@ def vote(
     return votes, votes > float(most) * visual.shape[1]
 
 
-def threshold_of(visual: Float[np.ndarray, "l s h"], rest: Float[np.ndarray, "l s h"], heads: float | int, *, most: float | int = 0.4) -> float:
-    """The threshold under which the layers keep `heads` heads on average, or fewer: the largest where one step lower keeps more."""
+def threshold_of(
+    visual: Float[np.ndarray, "l s h"], rest: Float[np.ndarray, "l s h"], heads: float | int, *, most: float | int = 0.4, whole: int = 2
+) -> float:
+    """The smallest threshold of `vote` that keeps `heads` heads a layer or fewer, on average (the paper adjusts it by hand).
+
+    ValueError where the first `whole` layers alone are more.
+    """
     check.between("heads", heads, 0, np.shape(visual)[-1])
-    ratio = np.asarray(visual, np.float32) / np.maximum(np.asarray(rest, np.float32), np.float32(1e-20))
-    low, high = 0.0, float(ratio.max()) + 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if vote(visual, rest, middle, most=most)[1].sum(1).mean() > heads else (low, middle)
-    return high
+    kept = lambda level: vote(visual, rest, level, most=most, whole=whole)[1].sum(1).mean()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        levels = np.unique(np.asarray(visual, np.float32) / np.asarray(rest, np.float32))  # where votes change
+    levels = np.concatenate([[0.0], levels[np.isfinite(levels)]])
+    low, high = 0, len(levels) - 1
+    if kept(levels[high]) > heads:
+        raise ValueError(f"{heads} heads a layer are out of reach: {kept(levels[high]):g} stay at any threshold")
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if kept(levels[middle]) <= heads else (middle + 1, high)
+    return float(levels[low])
 
 
 def calibrate(

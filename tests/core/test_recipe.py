@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxtok.core import protocols
+from jaxtok.core.edit import LayerEdit
 from jaxtok.core.reader import Reader
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reducer import Reducer
@@ -73,8 +74,9 @@ class Read(Reader):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Edit(protocols.LayerEdit):
+class Edit(LayerEdit):
     name = "edit"
+    images: int = 4
 
 
 def refused(match, cfg=None, **sites):

@@ -38,6 +38,12 @@ def test_by_hand():
     assert plan.index.tolist() == [[0, 1, 3, 4, 5]]
 
 
+def turned(z, angle):
+    """Channel i against channel i + d / 2, by the angles [n d/2]."""
+    low, high, c, s = z[..., : angle.shape[1]], z[..., angle.shape[1] :], np.cos(angle), np.sin(angle)
+    return np.concatenate([low * c - high * s, high * c + low * s], -1)
+
+
 def reference(counts, params, tokens):
     """f64: the last row of the first prompt under a schedule, from whole rows of attention."""
     cfg, get = DEEP, lambda a: np.asarray(a, np.float64)
@@ -54,11 +60,7 @@ def reference(counts, params, tokens):
         y = rms(x, p["attn_norm"])
         q, k, v = ((y @ get(p[name])).reshape(len(x), -1, cfg.head_dim).transpose(1, 0, 2) for name in "qkv")
         angle = at[:, None] * get(blocks.frequencies(cfg, i))
-        half = cfg.head_dim // 2
-        turn = lambda z, c=np.cos(angle), s=np.sin(angle): np.concatenate(
-            [z[..., :half] * c - z[..., half:] * s, z[..., half:] * c + z[..., :half] * s], -1
-        )
-        w = turn(q) @ np.repeat(turn(k), 2, 0).transpose(0, 2, 1) * cfg.head_dim**-0.5
+        w = turned(q, angle) @ np.repeat(turned(k, angle), 2, 0).transpose(0, 2, 1) * cfg.head_dim**-0.5
         w = np.exp(np.where(at[None] <= at[:, None], w, -np.inf))
         w = w / w.sum(-1, keepdims=True)
         x = x + (w @ np.repeat(v, 2, 0)).transpose(1, 0, 2).reshape(len(x), -1) @ get(p["o"])

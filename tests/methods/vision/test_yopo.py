@@ -9,7 +9,7 @@ import pytest
 
 from jaxtok import decode
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.types import IMAGE, SPECIAL
+from jaxtok.core.types import IMAGE, SPECIAL, Needs
 from jaxtok.evals import cost
 from jaxtok.methods import YOPO, FastV, SnapKV
 from jaxtok.methods.vision.yopo import load_heads, save_heads
@@ -71,6 +71,12 @@ def run(method, params, tokens):
 # --- the reference ---------------------------------------------------------------------------------------------------------
 
 
+def turned(z, angle):
+    """Channel i against channel i + d / 2, by the angles [n d/2]."""
+    low, high, c, s = z[..., : angle.shape[1]], z[..., angle.shape[1] :], np.cos(angle), np.sin(angle)
+    return np.concatenate([low * c - high * s, high * c + low * s], -1)
+
+
 def reference(method, heads, params, tokens, more):
     """f64 [b 1+T c]: the last row and T further text rows behind it, one sequence after the other, by whole rows of attention."""
     get = lambda a: np.asarray(a, np.float64)
@@ -92,11 +98,7 @@ def reference(method, heads, params, tokens, more):
             y = rms(x, p["attn_norm"])
             q, k, v = ((y @ get(p[name])).reshape(len(x), -1, CFG.head_dim).transpose(1, 0, 2) for name in "qkv")
             angle = at[:, None] * get(blocks.frequencies(CFG, i))
-            half = CFG.head_dim // 2
-            turn = lambda z, c=np.cos(angle), s=np.sin(angle): np.concatenate(
-                [z[..., :half] * c - z[..., half:] * s, z[..., half:] * c + z[..., :half] * s], -1
-            )
-            q, k, v = turn(q), np.repeat(turn(k), 2, 0), np.repeat(v, 2, 0)
+            q, k, v = turned(q, angle), np.repeat(turned(k, angle), 2, 0), np.repeat(v, 2, 0)
             see = at[None] <= at[:, None]
             if method.window is not None:
                 reach = (method.window - 1) // 2
@@ -339,3 +341,26 @@ def test_published_heads(data, tmp_path):
     np.save(tmp_path / "no.npy", np.full((2, 2), 0.5))
     with pytest.raises(ValueError, match="must hold 0 or 1 for each layer and query head"):
         load_heads(tmp_path / "no.npy")
+
+
+def test_calibration_counts_attention():
+    """The sums are those of the whole attention matrix over live queries; the heads of a model are the votes of its samples."""
+    params, tokens = world()
+
+    @jax.jit
+    def both(tokens):
+        whole = decoder.survey(CFG, params, tokens, Needs(probs=True))[2]
+        return yopo.measure(CFG, params, tokens), jnp.stack([found.probs for (found,) in whole])
+
+    (visual, rest), probs = jax.device_get(both(tokens))
+    image = np.asarray(tokens.kind == IMAGE) & (np.asarray(tokens.pos) >= 0)
+    want = np.einsum("lbhij,bj->lbh", probs.astype(np.float64), image)
+    near(visual, want, 1e-4, "attention to image rows")
+    near(visual + rest, np.broadcast_to((np.asarray(tokens.pos) >= 0).sum(-1)[None, :, None], visual.shape), 1e-4, "all attention")
+    heads = yopo.calibrate(CFG, params, [tokens, tokens], 1.0, whole=0)
+    np.testing.assert_array_equal(heads, (visual > rest).sum(1) > 0.4 * B)
+    level = yopo.threshold_of(visual, rest, 3, whole=0)
+    kept = lambda level: yopo.vote(visual, rest, level, whole=0)[1].sum(1).mean()
+    assert kept(level) <= 3 < kept(level - 1e-5) and kept(0) == CFG.heads
+    with pytest.raises(ValueError, match="data holds no batch"):
+        yopo.calibrate(CFG, params, [], 1.0)
