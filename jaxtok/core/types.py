@@ -69,6 +69,7 @@ class Frozen(NamedTuple):
 
     kv: KV  # k [b g s r] of r channels; b may be 1: shared by all sequences
     channels: jax.Array | None = None  # i32 [b g r] which channels of a query meet those of k; None = all
+    gate: jax.Array | None = None  # f32 [b h] factor of what each query head takes from these slots, after the softmax; None = 1
 
 
 class Part(NamedTuple):

@@ -99,12 +99,20 @@ def out_proj(cfg: Config, p: Params, x: Float[Array, "b n c"], o: Float[Array, "
     return x + (norm(y, p["attn_post_norm"], cfg.norm_eps, cfg.norm_offset) if cfg.sandwich else y)
 
 
+def channels(cfg: Config, p: Params, y: Float[Array, "b n c"], which: slice = slice(None)) -> Float[Array, "b n c"]:
+    """down(act(gate(y)) * up(y)) of normed rows y by some of the hidden channels; those of all channels add up to the MLP's."""
+    gate = y @ p["gate"][:, which]
+    gate = jax.nn.silu(gate) if cfg.act == "silu" else jax.nn.gelu(gate, approximate=True)
+    return (gate * (y @ p["up"][:, which])) @ p["down"][which]
+
+
 def mlp(cfg: Config, p: Params, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
     """x + down(act(gate(y)) * up(y)), y = norm(x) (normed after, with cfg.sandwich)."""
-    y = norm(x, p["mlp_norm"], cfg.norm_eps, cfg.norm_offset)
-    gate = y @ p["gate"]
-    gate = jax.nn.silu(gate) if cfg.act == "silu" else jax.nn.gelu(gate, approximate=True)
-    y = (gate * (y @ p["up"])) @ p["down"]
+    return after_mlp(cfg, p, x, channels(cfg, p, normed(cfg, p, x, "mlp_norm")))
+
+
+def after_mlp(cfg: Config, p: Params, x: Float[Array, "b n c"], y: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    """x + what the channels of the MLP make of it (normed, with cfg.sandwich)."""
     return x + (norm(y, p["mlp_post_norm"], cfg.norm_eps, cfg.norm_offset) if cfg.sandwich else y)
 
 

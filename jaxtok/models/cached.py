@@ -281,7 +281,7 @@ def attend_frozen(cfg: Config, frozen: Frozen, q: Float[Array, "b h t d"], see: 
     out, lse = attention(q, kv.k, kv.v, q_pos=q_pos, k_pos=kv.pos, bias=kv.bias, impl=impl, **rest)
     if shared:
         out, lse = (jnp.swapaxes(x.reshape(h, b, t, *x.shape[3:]), 0, 1) for x in (out, lse))
-    return out, lse
+    return out if frozen.gate is None else out * frozen.gate[:, :, None, None].astype(out.dtype), lse
 
 
 # --- after a prefill ----------------------------------------------------------------------------------------------------
