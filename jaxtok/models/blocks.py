@@ -117,6 +117,13 @@ def embed(cfg: Config, params: Params, ids: Int[Array | np.ndarray, "b n"]) -> F
     return x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, x.dtype)
 
 
+def mean_embedding(cfg: Config, params: Params, ids: Int[Array, "b n"], among: Bool[Array, "b n"]) -> Float[Array, "b c"]:
+    """The mean of the embeddings of the ids of `among`, float32; 0 where there are none."""
+    weight = among.astype(jnp.float32)
+    total = jnp.einsum("bnc,bn->bc", embed(cfg, params, ids).astype(jnp.float32), weight)
+    return total / jnp.maximum(jnp.sum(weight, -1, keepdims=True), 1.0)
+
+
 def logits(cfg: Config, params: Params, x: Float[Array, "b n c"]) -> Float[Array, "b n vocab"]:
     """Final norm, output head (the embedding when tied), soft-cap: float32 logits of the next token. Slice x first to save work."""
     y = norm(x, params["norm"], cfg.norm_eps, cfg.norm_offset)

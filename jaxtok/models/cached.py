@@ -41,6 +41,13 @@ def whole(site: str, keep) -> Array:
     return keep.astype(jnp.int32)
 
 
+def axes(cfg: Config, rope: Array) -> tuple[int, ...] | None:
+    """Which rotary id each frequency follows; rows of text alone have one id for all of them."""
+    if rope.shape[-1] not in (1, 3 if cfg.mrope else 1):
+        raise ValueError(f"tokens have {rope.shape[-1]} rotary ids a row; a model with mrope={cfg.mrope} takes {3 if cfg.mrope else 1}")
+    return cfg.axes if rope.shape[-1] > 1 else None
+
+
 def by_layer(keep, site: str, cfg: Config, b: int) -> list[Array | None]:
     """The traced budgets of one site, layer by layer."""
     return [budget_of(keep, site, i, cfg, b) for i in range(cfg.layers)]
@@ -120,7 +127,7 @@ def _attend_group(
     bias = jnp.broadcast_to((jnp.log(size) if proportional else jnp.zeros_like(size))[:, None], (b, g, n))
     if part is None:
         pos = tokens.pos
-        turned_q, turned_k = (rotate_by(x, tokens.rope, freqs) for x in (q, k))
+        turned_q, turned_k = (rotate_by(x, tokens.rope, freqs, axes(cfg, tokens.rope)) for x in (q, k))
         kv = KV(
             k=k if unturned else turned_k,
             v=v,
@@ -147,7 +154,7 @@ def _attend_group(
         past = offload.together(part.kv)
         pos = jnp.where(live, tokens.pos + past.seen[:, None], -1)
         shift = (past.seen + past.delta)[:, None, None]
-        turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs) for x in (q, k))
+        turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs, axes(cfg, tokens.rope)) for x in (q, k))
         kv = append(grow_kv(past, past.k.shape[2] + n), k if unturned else turned_k, v, pos, bias)
         kv = kv._replace(seen=past.seen + tokens.seen, delta=past.delta + tokens.delta)
         if known is not None:  # the sentence that is open goes on
@@ -179,8 +186,8 @@ def _attend_group(
 def look_back(cfg: Config, p, i: int, tokens: Tokens, w: int, impl: str) -> Float[Array, "b h w n"]:
     """Attention of the last w tokens over all of them, from the queries of these rows and the keys of all."""
     last, freqs = jax.tree.map(lambda x: x[:, -w:], (tokens.x, tokens.rope, tokens.pos)), jnp.asarray(blocks.frequencies(cfg, i))
-    q = rotate_by(blocks.qkv(cfg, p, last[0])[0], last[1], freqs)
-    k = rotate_by(blocks.qkv(cfg, p, tokens.x)[1], tokens.rope, freqs)
+    q = rotate_by(blocks.qkv(cfg, p, last[0])[0], last[1], freqs, axes(cfg, last[1]))
+    k = rotate_by(blocks.qkv(cfg, p, tokens.x)[1], tokens.rope, freqs, axes(cfg, tokens.rope))
     see: dict[str, Any] = dict(q_pos=last[2], k_pos=tokens.pos, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
     return rows(q, k, attention(q, k, k, impl=impl, **see)[1], **see)
 

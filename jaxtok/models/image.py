@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,13 +68,9 @@ class Processor:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Processor":
         """That of a checkpoint's folder or hub id; ValueError, one line, for a missing file and for what is not supported."""
-        folder = find(path)
-        file = next((f for f in (folder / "preprocessor_config.json", folder / "processor_config.json") if f.is_file()), None)
-        if file is None:
-            raise ValueError(f"{folder} has no preprocessor_config.json; make a Processor(size=..., mean=..., std=...)")
-        raw = tensors.read_json(file)
+        file, raw = described(path)
         try:
-            return cls.of(Fields(raw, {}).object("image_processor") or raw)
+            return cls.of(raw)
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from None
 
@@ -133,6 +130,19 @@ class Processor:
         if out[0] * out[1] > MOST_PIXELS:
             raise ValueError(f"a picture of {height} by {width} would become {out[0]} by {out[1]}; crop it first")
         return out
+
+
+def described(path: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any]]:
+    """(the file that describes a checkpoint's image processor, what it says); ValueError where there is none."""
+    folder = find(path)
+    file = next((f for f in (folder / "preprocessor_config.json", folder / "processor_config.json") if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} has no preprocessor_config.json; make a processor of your own: Processor(size=..., mean=..., std=...)")
+    raw = tensors.read_json(file)
+    try:
+        return file, Fields(raw, {}).object("image_processor") or raw
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
 
 
 def rgb(image: Image) -> PIL.Image.Image:

@@ -195,9 +195,7 @@ def _seen(cfg: VlmConfig, params, images, ids, live, recipe: Recipe, keep, key, 
     told: dict[str, Any] = {}
     if recipe.select is not None and recipe.select.needs.text:
         words = (ids != cfg.image_token) & (True if live is None else live)
-        rows = blocks.embed(cfg.text, params, ids).astype(jnp.float32)
-        mean = jnp.einsum("bnc,bn->bc", rows, words.astype(jnp.float32)) / jnp.maximum(jnp.sum(words, -1), 1).astype(jnp.float32)[:, None]
-        told["text"] = jnp.repeat(mean, pictures, 0)
+        told["text"] = jnp.repeat(blocks.mean_embedding(cfg.text, params, ids, words), pictures, 0)
     tokens = vit.select(own, found, recipe, keep=budget, **told)
     if cfg.cls or getattr(recipe.select, "with_cls", False):
         return tokens
