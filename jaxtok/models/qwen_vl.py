@@ -300,22 +300,19 @@ def embed(
         words = (ids != cfg.image_token) & (True if live is None else live)
         told["text"] = jnp.repeat(blocks.mean_embedding(cfg.text, params, ids, words), pictures, 0)
     seen = see(cfg, params, laid, recipe, told=told, keep=keep, key=key, proportional=proportional, impl=impl)
-    joined = place(
-        cfg,
-        decoder.embed(cfg.text, params, ids, live, ends),
-        pack(jnp.ones(ids.shape, bool) if live is None else live).index,
-        ids,
-        laid,
-        seen,
-    )
+    text, index = decoder.embed(cfg.text, params, ids, live, ends), pack(jnp.ones(ids.shape, bool) if live is None else live).index
+    return arrange(place(cfg, text, index, ids, laid, seen), n if rows is None else rows, positions or "keep_mrope")
+
+
+def arrange(joined: Tokens, rows: int, positions: str) -> Tokens:
+    """Rows that stand anywhere in their order, dead ones first, the oldest left out where there are more than `rows`."""
     total = joined.pos.shape[1]
-    rows = n if rows is None else rows
     if not 1 <= rows <= total:
         raise ValueError(f"rows={rows}; give 1 to {total}, room for text and for what is left of the pictures")
     order = jnp.argsort(joined.pos, axis=-1, stable=True)[:, total - rows :].astype(jnp.int32)
     joined = joined._replace(lost=joined.lost + jnp.maximum(jnp.sum(joined.pos >= 0, -1, dtype=jnp.int32) - rows, 0))
     plan = from_index(jnp.where(jnp.take_along_axis(joined.pos, order, 1) >= 0, order, -1), total)
-    return reduce(plan, joined, positions or "keep_mrope")
+    return reduce(plan, joined, positions)
 
 
 def place(cfg: QwenVlConfig, text: Tokens, index: Int[Array, "b n"], ids: Int[Array, "b n"], laid: Laid, seen: Tokens) -> Tokens:

@@ -5,10 +5,12 @@
 Each folder: config.json and model.safetensors (bfloat16) as transformers saved them, and case.npz with what the float32 model of eager
 attention makes of a batch of two prompts, padded left, with two pictures and with one, all of different sizes: `pixels` f32 [patches p] and
 `grid` [3 3] as the processor returns them, `ids` i32 [b n], `live` bool [b n], `logits` f32 [b n vocab], `rope` i32 [3 b n], `delta` i32 [b],
-the ids of four more tokens `more` [b 4] and the logits `steps` f32 [b 4 vocab] after each of them, from the cache. Seeds are fixed; every
-parameter is random. processor.npz: pictures of noise as Qwen2VLImageProcessorPil leaves them, `<case>.config`, `<case>.<picture>`, `....grid`.
+`received` f32 [layers units] what the tower's merged units receive (see _units), the ids of four more tokens `more` [b 4] and the logits
+`steps` f32 [b 4 vocab] after each of them, from the cache. Seeds are fixed; every parameter is random. processor.npz: pictures of noise as
+Qwen2VLImageProcessorPil leaves them, `<case>.config`, `<case>.<picture>`, `<case>.<picture>.grid`.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -23,7 +25,7 @@ FOLDER = pathlib.Path(__file__).parent / "qwen_vl"
 IMAGE, START, END = 40, 42, 43  # ids of the placeholder and of what stands around a picture
 GRIDS = ((6, 10), (4, 4), (2, 14))  # patches: a ragged grid of windows, one window, less than a window high
 VISION = dict(
-    depth=3, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=2, spatial_merge_size=2, temporal_patch_size=2, window_size=8,
+    depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=2, spatial_merge_size=2, temporal_patch_size=2, window_size=8,
     out_hidden_size=32, fullatt_block_indexes=[1],
 )  # fmt: skip
 TEXT = dict(
@@ -32,9 +34,9 @@ TEXT = dict(
 )  # fmt: skip
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen": ({}, {}),
-    # windows of three units, all layers windowed but the last, one head of keys, a tied head, another split of the frequencies
+    # windows of three units, the last layer windowed, one head of keys, a tied head, another split of the frequencies
     "qwen_other": (
-        dict(window_size=12, fullatt_block_indexes=[2], in_channels=1),
+        dict(window_size=12, fullatt_block_indexes=[0], in_channels=1),
         dict(num_key_value_heads=1, tie_word_embeddings=True, rope_scaling=dict(type="mrope", mrope_section=[2, 1, 1])),
     ),
 }
@@ -80,14 +82,16 @@ def case(model: Any, seed: int) -> dict[str, np.ndarray]:
     n = max(map(len, prompts)) + 2
     ids = np.array([[0] * (n - len(p)) + p for p in prompts], np.int32)
     live = np.arange(n)[None] >= np.array([[n - len(p)] for p in prompts])
-    pixels = rng.normal(size=(sum(4 * u for u in units), vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size))
+    pixels = rng.normal(
+        size=(sum(4 * u for u in units), vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    )
     pixels[:, :, 1:] = pixels[:, :, :1]  # a still picture
     pixels = pixels.reshape(len(pixels), -1).astype(np.float16).astype(np.float32)
     grid = np.array([[1, h, w] for h, w in GRIDS])
     more = rng.integers(3, IMAGE, (2, 4)).astype(np.int32)
     long = lambda x: torch.tensor(x, dtype=torch.long)
     mask, steps = long(live), []
-    with torch.no_grad():
+    with torch.no_grad(), _watched(vision.depth) as columns:
         rope, delta = model.model.get_rope_index(
             long(ids), mm_token_type_ids=long(ids == IMAGE), image_grid_thw=long(grid), attention_mask=mask
         )
@@ -96,6 +100,7 @@ def case(model: Any, seed: int) -> dict[str, np.ndarray]:
             mm_token_type_ids=long(ids == IMAGE), use_cache=True,
         )  # fmt: skip
         cache = out.past_key_values
+        received = _units(vision, columns, long(grid))
         for token in more.T:
             mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
             place = (mask.sum(-1, keepdim=True) - 1 + delta)[None].expand(3, -1, -1)  # as `generate` counts on
@@ -103,8 +108,37 @@ def case(model: Any, seed: int) -> dict[str, np.ndarray]:
             steps.append(step.logits[:, 0].numpy())
     return {
         "pixels": pixels, "grid": grid, "ids": ids, "live": live, "logits": out.logits.numpy(), "rope": rope.numpy().astype(np.int32),
-        "delta": delta.numpy().reshape(-1).astype(np.int32), "more": more, "steps": np.stack(steps, 1),
+        "delta": delta.numpy().reshape(-1).astype(np.int32), "more": more, "steps": np.stack(steps, 1), "received": received,
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _watched(depth: int):
+    """Per layer of the tower: attention summed over queries, mean over heads, f32 [patches] in the order in which windows are run."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+
+    found: dict[int, list[np.ndarray]] = {}
+    plain = modeling.eager_attention_forward
+
+    def spy(module, *args, **kwargs):
+        out = plain(module, *args, **kwargs)
+        if not module.is_causal:
+            found.setdefault(id(module), []).append(out[1][0].sum(1).mean(0).numpy())
+        return out
+
+    modeling.eager_attention_forward = spy
+    try:
+        yield found
+    finally:
+        modeling.eager_attention_forward = plain
+
+
+def _units(vision: Any, columns: dict[int, list[np.ndarray]], grid: Any) -> np.ndarray:
+    """f32 [layers units]: the mean over each merged unit's patches, units of all pictures by rows."""
+    from transformers.vision_utils import get_vision_window_index
+
+    order, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    return np.stack([np.concatenate(each).reshape(-1, 4).mean(1)[np.argsort(order)] for each in columns.values()])
 
 
 def write(name: str, folder: pathlib.Path, seed: int) -> None:
