@@ -106,7 +106,8 @@ class Recipe:
         """ValueError where a combination cannot work on a model of configuration `cfg`."""
         count = cfg.layers
         for k, method in self.layers:
-            first = 0 if method.needs.own else 1
+            needs = method.layer(k, count).needs
+            first = 0 if needs.own or needs == Needs() else 1
             if not first <= k < count:
                 raise ValueError(f"{method.name} acts before layer {k}; a decoder of {count} layers has places {first} to {count - 1}")
         for method in (self.cache, self.policy, *(m for _, m in self.layers)):
@@ -120,6 +121,8 @@ class Recipe:
         for _, method in self.layers:
             if method.at != "block":
                 raise ValueError(f"{method.name} acts at {method.at!r}; a decoder takes methods that act at 'block'")
+            if method.trim is not None and (self.cache or self.policy or self.reader or self.heads):
+                raise ValueError(f"{method.name} trims the caches after the prefill itself; use it without cache, policy, reader and heads")
         self._validate_heads(cfg)
         for site in ("sparsify", "attention", "edits"):
             if getattr(self, site):

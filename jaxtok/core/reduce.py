@@ -120,6 +120,7 @@ def reduce(plan: Plan | DensePlan, tokens: Tokens, positions: str = "keep") -> T
         seen=tokens.seen,
         delta=delta,
         lost=tokens.lost + (plan.lost if isinstance(plan, Plan) else 0),
+        score=None if tokens.score is None else gather(tokens.score, index),
     )
 
 

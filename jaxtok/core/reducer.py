@@ -22,6 +22,7 @@ class Reducer(Method):
     restore: int | None = None
     positions: str = "keep"
     conserves: ClassVar[bool] = False  # sizes and the size-weighted sum of x stay
+    trim: int | None = None  # site layers: from this layer on, caches hold in the end no row that was dropped later
     cross: bool = False  # site vit: a row of its own stands last while it acts (`begin`, `enter`)
 
     def layer(self, i: int, layers: int) -> "Reducer":
@@ -47,6 +48,10 @@ class Reducer(Method):
     def plan(self, params, state: Held, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan | DensePlan]:
         """(state before the rows move, plan [b m]); `keep` [b]: traced number of live rows at or under the capacity."""
         raise NotImplementedError(f"{type(self).__name__} must make a plan")
+
+    def mark(self, params, state: Held, tokens: Tokens, evidence: Evidence) -> Array | None:
+        """f32 [b n]: `Tokens.score` of the rows as they were planned, which goes with them to later sites; None leaves what is there."""
+        return None
 
     def undo(self, params, state: Held, tokens: Tokens, before: Tokens) -> Array:
         """x [b n c] of the rows `before` the reduction, from what they have become: each row takes that of its group, a dropped one

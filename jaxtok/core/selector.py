@@ -20,6 +20,21 @@ def pictured(tokens: Tokens) -> Bool[Array, "b n"]:
     return (tokens.pos >= 0) & (tokens.kind != TEXT) & (tokens.kind != SPECIAL)
 
 
+def asking(tokens: Tokens) -> Bool[Array, "b n"]:
+    """Live text rows behind the last image row."""
+    behind = tokens.pos > jnp.max(jnp.where(pictured(tokens), tokens.pos, -1), -1, keepdims=True)
+    return (tokens.pos >= 0) & (tokens.kind == TEXT) & behind
+
+
+def room(tokens: Tokens, keep, capacity: int) -> Int[Array, " b"]:
+    """How many image rows may stay under a capacity of them and a traced budget of all live rows (None = no other limit)."""
+    check.count("capacity", capacity, 0)
+    if keep is None:
+        return jnp.full((tokens.pos.shape[0],), capacity, jnp.int32)
+    fixed = jnp.sum((tokens.pos >= 0) & ~pictured(tokens), -1, dtype=jnp.int32)
+    return jnp.clip(jnp.maximum(keep, 0) - fixed, 0, capacity)
+
+
 def evenly(total: Int[Array, " b"], parts: int, most: int) -> Int[Array, "b p"]:
     """`total` over `parts` groups, one more to the first ones where it does not divide; `most` each at most."""
     check.count("parts", parts)
@@ -64,10 +79,7 @@ class Selector(Reducer):
 
     def room(self, tokens: Tokens, keep) -> Int[Array, " b"]:
         """How many image rows may stay."""
-        if keep is None:
-            return jnp.full((tokens.pos.shape[0],), self.capacity, jnp.int32)
-        fixed = jnp.sum((tokens.pos >= 0) & ~pictured(tokens), -1, dtype=jnp.int32)
-        return jnp.clip(jnp.maximum(keep, 0) - fixed, 0, self.capacity)
+        return room(tokens, keep, self.capacity)
 
     def group(self, tokens: Tokens) -> Int[Array, "b n"]:
         """The crop of each row, 0..crops-1."""

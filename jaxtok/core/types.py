@@ -30,6 +30,7 @@ class Tokens(NamedTuple):
     seen: jax.Array  # i32 [b] the next order; never the number of live rows
     delta: jax.Array  # i32 [b] the next rotary id minus `seen`
     lost: jax.Array  # i32 [b] live rows that a static cap had no room for
+    score: jax.Array | None = None  # f32 [b n] what a method at an earlier site made of each row, for one at a later site (`Reducer.mark`)
 
 
 class Plan(NamedTuple):

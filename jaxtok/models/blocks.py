@@ -67,6 +67,13 @@ def rotate(
     return rotate_by(x, ids, frequencies(cfg, layer), axes)
 
 
+def axes(cfg: Config, rope: Int[Array, "b n a"]) -> tuple[int, ...] | None:
+    """Which rotary id each frequency follows; rows of text alone have one id for all of them."""
+    if rope.shape[-1] not in (1, 3 if cfg.mrope else 1):
+        raise ValueError(f"tokens have {rope.shape[-1]} rotary ids a row; a model with mrope={cfg.mrope} takes {3 if cfg.mrope else 1}")
+    return cfg.axes if rope.shape[-1] > 1 else None
+
+
 # --- the halves of a layer --------------------------------------------------------------------------------------------
 
 

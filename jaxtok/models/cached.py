@@ -16,7 +16,8 @@ from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, grow_kv, move, reduce_kv, representative
 from jaxtok.core.rotary import rotate_by
 from jaxtok.core.score import change, moments
-from jaxtok.core.types import KV, SPECIAL, TEXT, Evidence, Frozen, Needs, Part, Tokens
+from jaxtok.core.selector import asking, pictured
+from jaxtok.core.types import KV, Evidence, Frozen, Needs, Part, Tokens
 from jaxtok.models import blocks
 from jaxtok.models.config import Config
 from jaxtok.ops import offload
@@ -39,13 +40,6 @@ def whole(site: str, keep) -> Array:
             f"keep[{site!r}] counts slots (integers), got {keep.dtype}; turn a ratio into slots with jaxtok.core.budget.keep(ratio, live)"
         )
     return keep.astype(jnp.int32)
-
-
-def axes(cfg: Config, rope: Array) -> tuple[int, ...] | None:
-    """Which rotary id each frequency follows; rows of text alone have one id for all of them."""
-    if rope.shape[-1] not in (1, 3 if cfg.mrope else 1):
-        raise ValueError(f"tokens have {rope.shape[-1]} rotary ids a row; a model with mrope={cfg.mrope} takes {3 if cfg.mrope else 1}")
-    return cfg.axes if rope.shape[-1] > 1 else None
 
 
 def by_layer(keep, site: str, cfg: Config, b: int) -> list[Array | None]:
@@ -127,7 +121,7 @@ def _attend_group(
     bias = jnp.broadcast_to((jnp.log(size) if proportional else jnp.zeros_like(size))[:, None], (b, g, n))
     if part is None:
         pos = tokens.pos
-        turned_q, turned_k = (rotate_by(x, tokens.rope, freqs, axes(cfg, tokens.rope)) for x in (q, k))
+        turned_q, turned_k = (rotate_by(x, tokens.rope, freqs, blocks.axes(cfg, tokens.rope)) for x in (q, k))
         kv = KV(
             k=k if unturned else turned_k,
             v=v,
@@ -154,7 +148,7 @@ def _attend_group(
         past = offload.together(part.kv)
         pos = jnp.where(live, tokens.pos + past.seen[:, None], -1)
         shift = (past.seen + past.delta)[:, None, None]
-        turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs, axes(cfg, tokens.rope)) for x in (q, k))
+        turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs, blocks.axes(cfg, tokens.rope)) for x in (q, k))
         kv = append(grow_kv(past, past.k.shape[2] + n), k if unturned else turned_k, v, pos, bias)
         kv = kv._replace(seen=past.seen + tokens.seen, delta=past.delta + tokens.delta)
         if known is not None:  # the sentence that is open goes on
@@ -183,13 +177,47 @@ def _attend_group(
     return out, kv, seen
 
 
-def look_back(cfg: Config, p, i: int, tokens: Tokens, w: int, impl: str) -> Float[Array, "b h w n"]:
+def look_back(cfg: Config, p, i: int, tokens: Tokens, w: int, impl: str, proportional: bool = False) -> Float[Array, "b h w n"]:
     """Attention of the last w tokens over all of them, from the queries of these rows and the keys of all."""
     last, freqs = jax.tree.map(lambda x: x[:, -w:], (tokens.x, tokens.rope, tokens.pos)), jnp.asarray(blocks.frequencies(cfg, i))
-    q = rotate_by(blocks.qkv(cfg, p, last[0])[0], last[1], freqs, axes(cfg, last[1]))
-    k = rotate_by(blocks.qkv(cfg, p, tokens.x)[1], tokens.rope, freqs, axes(cfg, tokens.rope))
-    see: dict[str, Any] = dict(q_pos=last[2], k_pos=tokens.pos, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
+    q = rotate_by(blocks.qkv(cfg, p, last[0])[0], last[1], freqs, blocks.axes(cfg, last[1]))
+    k = rotate_by(blocks.qkv(cfg, p, tokens.x)[1], tokens.rope, freqs, blocks.axes(cfg, tokens.rope))
+    see = _sight(cfg, i, tokens, proportional) | {"q_pos": last[2]}
     return rows(q, k, attention(q, k, k, impl=impl, **see)[1], **see)
+
+
+def foresee(cfg: Config, p, i: int, tokens: Tokens, needs: Needs, proportional: bool, key, impl: str) -> Evidence:
+    """What layer i would make of rows that it has not run on yet; for attention of the last rows alone, only these ask."""
+    freqs = jnp.asarray(blocks.frequencies(cfg, i))
+    common = {
+        "hidden": tokens.x if needs.hidden else None,
+        "weights": {name: p[name] for name in needs.weights} if needs.weights else None,
+        **at_hand(i, freqs, key),
+    }
+    if needs == Needs(rows=needs.rows, hidden=needs.hidden, weights=needs.weights, own=True):
+        seen = {"rows": look_back(cfg, p, i, tokens, min(needs.rows, tokens.pos.shape[1]), impl, proportional)} if needs.rows else {}
+        return Evidence(**seen, **common)
+    if needs.change:
+        raise ValueError("what a layer's blocks change is known when it has run; a method cannot ask for it ahead of the layer")
+    q, k, v = blocks.qkv(cfg, p, tokens.x)
+    length = jnp.linalg.norm(blocks.normed(cfg, p, tokens.x).astype(jnp.float32), axis=-1) if needs.unit else None
+    turned_q, turned_k = (rotate_by(x, tokens.rope, freqs, blocks.axes(cfg, tokens.rope)) for x in (q, k))
+    see = _sight(cfg, i, tokens, proportional)
+    lse = attention(turned_q, turned_k, v, impl=impl, diagonal=0, **see)[1]
+    seen = observe(needs, turned_q, turned_k, lse, see, 0, length, i, common["key"], tokens) | {
+        "keys": k if needs.keys else None,
+        "values": v if needs.values else None,
+        "queries": moments(q, (tokens.pos >= 0) & (tokens.pos >= needs.queries)) if needs.queries is not None else None,
+    }
+    return Evidence(**seen, **common)
+
+
+def _sight(cfg: Config, i: int, tokens: Tokens, proportional: bool) -> dict[str, Any]:
+    """Who sees whom among the rows of a prefill of its own, for `attention`."""
+    size = jnp.where((tokens.pos >= 0) & (tokens.size > 0), tokens.size, 1.0)
+    bias = jnp.broadcast_to(jnp.log(size)[:, None], (size.shape[0], cfg.kv_heads, size.shape[1])) if proportional else None
+    pos = {"q_pos": tokens.pos, "k_pos": tokens.pos}
+    return pos | {"bias": bias, "window": cfg.layer_window(i), "softcap": cfg.softcap, "scale": cfg.scale}
 
 
 def observe(
@@ -231,13 +259,11 @@ def observe(
     if needs.probs:
         out["probs"] = rows(q, k, lse, **see)
     if (needs.asked or needs.asked_peak or needs.looked) and tokens is not None:
-        image = (tokens.kind != TEXT) & (tokens.kind != SPECIAL) & (tokens.pos >= 0)
-        behind = tokens.pos > jnp.max(jnp.where(image, tokens.pos, -1), -1, keepdims=True)
-        text: dict[str, Any] = see | {"q_pos": jnp.where((tokens.kind == TEXT) & behind, see["q_pos"], -1)}
+        text: dict[str, Any] = see | {"q_pos": jnp.where(asking(tokens), see["q_pos"], -1)}
         out["asked"] = received(q, k, lse, diagonal=diagonal, **text) if needs.asked else None
         out["asked_peak"] = peak(q, k, lse, diagonal=diagonal, **text) if needs.asked_peak else None
-        pictured: dict[str, Any] = see | {"q_pos": jnp.where(image, see["q_pos"], -1)}
-        out["looked"] = received(q, k, lse, diagonal=diagonal, **pictured) if needs.looked else None
+        image: dict[str, Any] = see | {"q_pos": jnp.where(pictured(tokens), see["q_pos"], -1)}
+        out["looked"] = received(q, k, lse, diagonal=diagonal, **image) if needs.looked else None
     return out
 
 

@@ -55,6 +55,7 @@ def join(encoded: Encoded, crops: int, *, several: bool = False, with_cls: bool 
         seen=jnp.sum(live, -1, dtype=jnp.int32),
         delta=jnp.zeros((b,), jnp.int32),
         lost=jnp.sum(tokens.lost.reshape(b, crops), -1),
+        score=None if tokens.score is None else flat(tokens.score),
     )
     return Encoded(out, _evidence(old, crops, int(several)))
 

@@ -13,12 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core.protocols import Held
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.reduce import gather, reduce
+from jaxtok.core.reduce import gather
 from jaxtok.core.segments import sentences
 from jaxtok.core.select import pack
 from jaxtok.core.types import KV, Evidence, Needs, Part, Tokens
 from jaxtok.models import blocks, cached, steps
 from jaxtok.models.config import Config
+from jaxtok.models.prune import Pruning
 
 Layers = tuple[tuple[Part, ...], ...]
 PLAIN = Recipe()
@@ -122,18 +123,14 @@ def prefill(
         raise ValueError("inference takes params['layers'] as a tuple of one dict a layer; use models.blocks.unstack(params)")
     if layers is not None and recipe.layers:
         raise ValueError("pruning between layers takes a prefill of its own; continue with a recipe without `layers`")
-    places = {k: (i, method) for i, (k, method) in enumerate(recipe.layers)}
-    evidence, out = Evidence(), []
+    pruning, evidence, out = Pruning(cfg, params, recipe, keep, proportional, key, impl), Evidence(), []
     for i, p in enumerate(params["layers"]):
-        if i in places:
-            tokens = _prune(cfg, params, p, i, tokens, evidence, *places[i], keep, proportional, key, impl)
-        follower = places[i + 1][1].needs if i + 1 in places else Needs()
-        needs = recipe.prefill_needs | (follower if not follower.own else Needs())
-        past = None if layers is None else layers[i]
+        tokens = pruning.before(i, p, tokens, evidence)
+        needs, past = recipe.prefill_needs | pruning.needs(i), None if layers is None else layers[i]
         tokens, found = cached.attend_rows(cfg, p, i, tokens, past, recipe, needs, proportional, key, impl)
         out.append(cached.settle(cfg, params, i, found, past, recipe, new, keep))
         evidence = found[0][1]  # pruners work on caches of one group
-    return tokens, tuple(out)
+    return tokens, pruning.after(tuple(out), tokens, new)
 
 
 def survey(
@@ -210,18 +207,6 @@ def _known(keep: Mapping[str, Any] | None) -> None:
     unknown = sorted(set(keep or ()) - {"cache", "policy", "layers"})
     if unknown:
         raise ValueError(f"keep has {', '.join(map(repr, unknown))}; budgets go by recipe field: cache, policy, layers")
-
-
-def _prune(cfg, params, p, i, tokens, evidence, index, method, keep, proportional, key, impl) -> Tokens:
-    """Site 3: reduce the rows before layer i."""
-    if method.needs.own:
-        evidence = cached.attend_rows(cfg, p, i, tokens, None, PLAIN, method.needs, proportional, key, impl)[1][0][1]
-    table = None if keep is None else keep.get("layers")
-    budget = None if table is None or table[index] is None else jnp.broadcast_to(cached.whole("layers", table[index]), tokens.seen.shape)
-    learned = params.get("methods", {}).get("layers", {})
-    own = learned[index] if learned else {}
-    _, plan = method.plan(own, method.start(own, tokens), tokens, evidence, budget)
-    return reduce(plan, tokens, method.positions)
 
 
 def step(

@@ -206,6 +206,7 @@ def join(cfg: QwenVlConfig, params, encoded: vit.Encoded, several: bool = False)
         seen=jnp.sum(live, -1, dtype=jnp.int32),
         delta=jnp.zeros((b,), jnp.int32),
         lost=tokens.lost + jnp.sum(tokens.pos >= 0, -1, dtype=jnp.int32) - k * jnp.sum(alive, -1, dtype=jnp.int32),
+        score=None if tokens.score is None else gather(jnp.mean(fold(tokens.score, 1), 2), plan.index),
     )
     mean = lambda x, axis: jnp.mean(fold(x, axis).astype(jnp.float32), axis % x.ndim + 1).astype(x.dtype)
     told: dict[str, Any] = {name: mean(x, axis) for name, axis in FIELDS.items() if (x := getattr(evidence, name)) is not None}
@@ -369,4 +370,5 @@ def place(cfg: QwenVlConfig, text: Tokens, index: Int[Array, "b n"], ids: Int[Ar
         + jnp.sum(seen.lost.reshape(b, pictures), -1)
         + jnp.sum(mark, -1, dtype=jnp.int32)
         - jnp.sum(jnp.where(there, count, 0), -1, dtype=jnp.int32),
+        score=None if seen.score is None else both(jnp.zeros_like(text.size), seen.score),
     )

@@ -127,6 +127,8 @@ class _Run:
         own, method = self._learned(index), named.layer(i, self.cfg.layers)
         state = self.states[named] if named in self.states else method.start(own, tokens)
         state, plan = method.plan(own, state, tokens, evidence, self._budget(index))
+        score = method.mark(own, state, tokens, evidence)
+        self.tokens = tokens = tokens if score is None else tokens._replace(score=score)
         self.states[named] = state
         if not move_rows:
             return plan
@@ -293,8 +295,9 @@ def select(
         if getattr(method.needs, name) and (given is None or given.shape != shape):
             raise ValueError(f"{method.name} needs {name}= of shape {shape}, got {None if given is None else given.shape}")
     told = encoded.evidence._replace(text=text, detail=detail)
-    _, plan = method.plan(own, method.start(own, tokens), tokens, told, budget)
-    return reduce(plan, tokens, method.positions)
+    state, plan = method.plan(own, method.start(own, tokens), tokens, told, budget)
+    score = method.mark(own, state, tokens, told)
+    return reduce(plan, tokens if score is None else tokens._replace(score=score), method.positions)
 
 
 # --- what is read at the end -----------------------------------------------------------------------------------------------

@@ -147,6 +147,7 @@ def embed(
         + jnp.sum(seen.lost.reshape(b, pictures), -1)
         + jnp.sum(mark, -1, dtype=jnp.int32)
         - cfg.patches * jnp.sum(there.all(-1), -1, dtype=jnp.int32),
+        score=None if seen.score is None else both(jnp.zeros_like(text.size), seen.score),
     )
     rows = n - room + pictures * m if rows is None else rows
     index = jnp.argsort(pos, axis=-1, stable=True)[:, n + pictures * m - rows :].astype(jnp.int32)

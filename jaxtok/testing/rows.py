@@ -139,6 +139,28 @@ class Masked(Reducer):
         return state, Plan(alive, alive, None, plan.lost)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watched(Reducer):
+    """`inner`, whose plans are told to `seen` while they are traced."""
+
+    inner: Reducer
+    seen: list = dataclasses.field(compare=False)
+
+    def __getattribute__(self, name):
+        if name in ("plan", "layer", "seen", "inner"):
+            return object.__getattribute__(self, name)
+        return getattr(object.__getattribute__(self, "inner"), name)
+
+    def layer(self, i, layers):
+        return self
+
+    def plan(self, params, state, tokens, evidence, keep=None):
+        inner = object.__getattribute__(self, "inner")
+        state, plan = inner.layer(AT, TEXT.layers).plan(params, state, tokens, evidence, keep)
+        self.seen.append(plan)
+        return state, plan
+
+
 # --- the laws ------------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +227,38 @@ def rows_dropped_equals_masked(make):
     near(out, want, 2e-5, "dropped against masked")
 
 
+def rows_repacked(make):
+    """Decoder: rows that are numbered anew go on as a prompt of their own would, in the steps too."""
+    method = make(CAP)
+    if method.site != "layers" or all(f.name != "positions" for f in dataclasses.fields(method)):  # type: ignore[arg-type]
+        return
+    method = dataclasses.replace(method, positions="repack")  # type: ignore[type-var]
+    params, tokens = world("layers")
+    part = dataclasses.replace(TEXT, layers=1)
+    halves = [weights(method, params) | {"layers": params["layers"][i : i + 1]} for i in range(2)]
+
+    @jax.jit
+    def both(tokens):
+        plans: list = []
+        out = run(recipe_of(Watched(inner=method, seen=plans)), "layers", weights(method, params), tokens, None, jax.random.key(4))[0]
+        first, below = decoder.prefill(part, halves[0], tokens, new=T)
+        left = reduce(plans[0], first)
+        number = jnp.where(left.pos >= 0, jnp.cumsum(left.pos >= 0, -1, dtype=jnp.int32) - 1, -1)
+        none = jnp.zeros_like(left.delta)
+        anew = left._replace(pos=number, rope=jnp.maximum(number, 0)[..., None], seen=jnp.max(number, -1) + 1, delta=none)
+        last, above = decoder.prefill(part, halves[1], anew, new=T, proportional=not hasattr(method, "capacity"))
+        logits = [decoder.logits(TEXT, params, last.x[:, -1:])[:, 0]]
+        for i in range(T):
+            x, live = blocks.embed(TEXT, params, jnp.full((B, 1), i + 3, jnp.int32)), jnp.ones((B, 1), bool)
+            x, below = decoder.step(part, halves[0], x, live, below)
+            x, above = decoder.step(part, halves[1], x, live, above)
+            logits.append(decoder.logits(TEXT, params, x)[:, 0])
+        return out, jnp.concatenate(logits, -1)
+
+    got, want = both(tokens)
+    near(got, want, 2e-5, "repacked rows against a prompt of their own")
+
+
 def rows_conserve(make):
     """Sizes, and for a method that says so the size-weighted sum of the rows, are what they were; every row's source is told."""
     method = make(CAP)
@@ -264,6 +318,7 @@ LAWS = {
         rows_are_independent,
         rows_dead,
         rows_dropped_equals_masked,
+        rows_repacked,
         rows_conserve,
         rows_duplicates,
         rows_bf16,

@@ -32,7 +32,7 @@ class Prune(Reducer):
 
     @property
     def needs(self):
-        return Needs(own=self.own)
+        return Needs(rows=1, own=self.own)
 
     def init_params(self, key, cfg):
         return {"w": jax.random.normal(key, (cfg.layers,))}

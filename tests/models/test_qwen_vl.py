@@ -17,7 +17,7 @@ from jaxtok.core.reducer import Reducer
 from jaxtok.core.select import identity, pack
 from jaxtok.core.types import IMAGE, TEXT, Evidence, Needs, Tokens
 from jaxtok.decode import generate
-from jaxtok.methods import DivPrune, HiPrune, HoloV, KeyRerotation, SnapKV, StreamingLLM, ToMe
+from jaxtok.methods import DivPrune, FastV, HiPrune, HoloV, KeyRerotation, SnapKV, StreamingLLM, ToMe
 from jaxtok.methods.vision import flowcut
 from jaxtok.models import blocks, decoder, encoder, hf_qwen_vl, load, qwen_vl, vit
 from jaxtok.models.config import EncoderConfig
@@ -178,8 +178,7 @@ def test_one_program_for_all_sizes_and_junk_does_not_matter():
     compiled = embed._cache_size()
     dead = np.arange(MOST)[None, None] >= np.asarray(grid).prod(-1)[..., None]
     junk = embed(cfg, params, jnp.where(dead[..., None], 1e3, images), grid, ids, live)
-    for name, a, b in zip(want._fields, want, junk, strict=True):
-        np.testing.assert_allclose(np.where(mask_of(want, a), a, 0), np.where(mask_of(junk, b), b, 0), atol=1e-5, err_msg=name)
+    assert_same(want, junk)
     other = embed(cfg, params, images, grid.at[0, 0].set(jnp.asarray([1, 10, 6])), ids, live)
     assert embed._cache_size() == compiled
     rope = np.asarray(other.rope)[0, np.asarray(other.source)[0, np.asarray(ids)[0] == make_qwen_vl.IMAGE][:15]]
@@ -213,16 +212,18 @@ def test_pictures_as_pixels():
     for picture, (h, w) in enumerate(make_qwen_vl.GRIDS):
         for name in ("x", "cell", "pos"):
             np.testing.assert_allclose(getattr(got[0], name)[picture, -h * w :], getattr(want[0], name)[picture, -h * w :], atol=1e-5)
-    for name, a, b in zip(want[2]._fields, want[2], got[2], strict=True):
-        np.testing.assert_allclose(np.where(mask_of(want[2], a), a, 0), np.where(mask_of(got[2], b), b, 0), atol=1e-5, err_msg=name)
+    assert_same(want[2], got[2])
     whole = qwen_vl.lay(cfg, jnp.asarray(canvas), None)
     assert whole.live.all() and (np.asarray(whole.units) == [4, 7]).all()
 
 
-def mask_of(tokens: Tokens, x) -> np.ndarray:
-    """Live rows of arrays by row, everything of the others."""
-    live = np.asarray(tokens.pos) >= 0
-    return live.reshape(live.shape + (1,) * (x.ndim - 2)) if x.shape[:2] == live.shape else np.ones(x.shape, bool)
+def assert_same(a: Tokens, b: Tokens):
+    """All that is about live rows."""
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        if x is not None:
+            by_row = x.shape[:2] == a.pos.shape and name not in ("source", "pos")
+            live = (np.asarray(a.pos) >= 0).reshape(a.pos.shape + (1,) * (x.ndim - 2)) if by_row else True
+            np.testing.assert_allclose(np.where(live, x, 0), np.where(live, y, 0), atol=1e-5, err_msg=name)
 
 
 # --- sites -------------------------------------------------------------------------------------------------------------
@@ -233,8 +234,7 @@ def test_a_recipe_that_keeps_all_changes_nothing():
     want = embed(cfg, params, *inputs(case))
     select = HiPrune(capacity=MOST // 4, special=0, layers=(0, -1), variant="qwen")
     got = embed(cfg, params, *inputs(case), Recipe(select=select, vit=((0, Same()), (1, Same()))))
-    for name, a, b in zip(want._fields, want, got, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+    assert_same(want, got)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -278,6 +278,9 @@ def test_what_select_leaves_keeps_its_three_ids(positions):
     assert (np.asarray(few.seen) == np.asarray(whole.seen)).all()
 
 
+choose = jax.jit(lambda tokens, seen, recipe: vit.select({}, vit.Encoded(tokens, seen), recipe), static_argnums=2)
+
+
 def test_selectors_without_a_class_row():
     """HiPrune's and HoloV's rows are those that a choice by hand on the evidence of the golden file leaves."""
     cfg, params, case = world()
@@ -289,32 +292,42 @@ def test_selectors_without_a_class_row():
         (HiPrune(capacity=4, special=0, alpha=0.0, layers=(0, -1), variant="qwen"), seen),
         (HoloV(capacity=4, special=0, runs=1), last),
     ):
-        few = vit.select({}, vit.Encoded(tokens, evidence), Recipe(select=select))
+        few = choose(tokens, evidence, Recipe(select=select))
         for picture, (one, (_, w)) in enumerate(zip(want, make_qwen_vl.GRIDS, strict=True)):
             best = np.sort(np.argsort(-one)[:4]).tolist()
             assert np.asarray(few.cell)[picture].tolist() == [[i // (w // 2), i % (w // 2)] for i in best]
 
 
-def test_a_pruned_tower_in_one_program_with_a_compressed_cache():
-    """FlowCut drops single patches; four survivors in a row are merged; the cache is compressed; two budgets, one trace."""
+def test_all_sites_in_one_program():
+    """FlowCut drops single patches, DivPrune merged rows, FastV rows between layers, SnapKV slots; two budgets, one trace."""
     cfg, params, case = world()
-    images, grid, ids, live = inputs(case)
-    vit_ = flowcut.schedule(16, cfg.vision.layers, query="mean", special=0)
-    recipe = Recipe(vit=vit_, select=DivPrune(capacity=3, special=0), cache=SnapKV(capacity=8, window=4))
+    recipe = Recipe(
+        vit=flowcut.schedule(16, cfg.vision.layers, query="mean", special=0),
+        select=DivPrune(capacity=3, special=0),
+        layers=((1, FastV(capacity=3, images=6, positions="keep_mrope")),),
+        cache=SnapKV(capacity=8, window=4),
+    )
     traces = []
 
     @jax.jit
     def answer(params, images, grid, ids, live, keep):
         traces.append(0)
-        tokens = qwen_vl.embed(cfg, params, images, grid, ids, live, recipe, keep={"select": keep}, rows=21)
-        tokens, layers = decoder.prefill(cfg.text, params, tokens, recipe, new=4)
-        return tokens, layers, generate(cfg.text, params, tokens, layers, recipe, new=4).ids
+        before = qwen_vl.embed(cfg, params, images, grid, ids, live, recipe, keep={"select": keep}, rows=21)
+        tokens, layers = decoder.prefill(cfg.text, params, before, recipe, new=4)
+        return before, tokens, layers, generate(cfg.text, params, tokens, layers, recipe, new=4).ids
 
-    tokens, layers, said = answer(params, images, grid, ids, live, jnp.asarray([3, 3]))
-    assert said.shape == (2, 4) and layers[0][0].kv.k.shape[2] == 12 and (tokens.lost == 0).all()
-    fewer, *_ = answer(params, images, grid, ids, live, jnp.asarray([3, 1]))
+    images, grid, ids, live = inputs(case)
+    before, tokens, layers, said = answer(params, images, grid, ids, live, jnp.asarray([3, 3]))
+    assert said.shape == (2, 4) and [parts[0].kv.k.shape[2] for parts in layers] == [12, 12] and tokens.pos.shape == (2, 18)
+    assert (tokens.lost == 0).all()
+    rows = lambda t, b: {tuple(x) for x in np.concatenate([np.asarray(t.pos)[b, :, None], np.asarray(t.rope)[b]], 1).tolist() if x[0] >= 0}
+    for b in range(2):
+        assert rows(tokens, b) <= rows(before, b), "the rows that are left keep their three ids"
+        assert int((layers[1][0].kv.seen + layers[1][0].kv.delta)[b]) == case["rope"][:, b].max() + 1
+    assert ((np.asarray(tokens.kind) == IMAGE) & (np.asarray(tokens.pos) >= 0)).sum(1).tolist() == [3, 3]
+    fewer, *_ = answer(params, images, grid.at[0, 0].set(jnp.asarray([1, 10, 6])), ids, live, jnp.asarray([3, 1]))
     alive = lambda t: (np.asarray(t.pos) >= 0).sum(1)
-    assert (alive(tokens) - alive(fewer)).tolist() == [0, 2] and len(traces) == 1
+    assert (alive(before) - alive(fewer)).tolist() == [0, 2] and len(traces) == 1
 
 
 def test_four_survivors_in_a_row_are_merged():
