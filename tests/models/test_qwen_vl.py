@@ -16,7 +16,6 @@ from jaxtok.core.reduce import reduce
 from jaxtok.core.reducer import Reducer
 from jaxtok.core.select import identity, pack
 from jaxtok.core.types import IMAGE, TEXT, Evidence, Needs, Tokens
-from jaxtok.decode import generate
 from jaxtok.methods import DivPrune, FastV, HiPrune, HoloV, KeyRerotation, SnapKV, StreamingLLM, ToMe
 from jaxtok.methods.vision import flowcut
 from jaxtok.models import blocks, decoder, encoder, hf_qwen_vl, load, qwen_vl, vit
@@ -186,15 +185,13 @@ def test_one_program_for_all_sizes_and_junk_does_not_matter():
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def short(cfg, params, images, grid, ids, live, gone=None):
+def short(cfg, params, images, grid, ids, live, gone):
     """`embed` without the layers of the tower, `gone` [b*i n] bool: patches that are dropped in their place."""
     laid = qwen_vl.lay(cfg, images, grid)
     rows = qwen_vl.tower_rows(cfg, params, laid)
-    left = rows if gone is None else reduce(pack((rows.pos >= 0) & ~gone), rows)
-    merged = qwen_vl.join(cfg, params, vit.Encoded(left, Evidence())).tokens
-    index = pack(live).index
-    joined = qwen_vl.place(cfg, decoder.embed(cfg.text, params, ids, live), index, ids, laid, merged)
-    return rows, merged, qwen_vl.arrange(joined, ids.shape[1], "keep_mrope"), laid
+    merged = qwen_vl.join(cfg, params, vit.Encoded(reduce(pack((rows.pos >= 0) & ~gone), rows), Evidence())).tokens
+    joined = qwen_vl.place(cfg, decoder.embed(cfg.text, params, ids, live), pack(live).index, ids, laid, merged)
+    return rows, merged, qwen_vl.arrange(joined, ids.shape[1], "keep_mrope")
 
 
 def test_pictures_as_pixels():
@@ -208,7 +205,9 @@ def test_pictures_as_pixels():
             _, h, w = np.asarray(grid)[b, i]
             cut = np.asarray(images)[b, i, : h * w].reshape(h // 2, w // 2, 2, 2, 3, 2, side, side)[:, :, :, :, :, 0]
             canvas[b, i, : h * side, : w * side] = cut.transpose(0, 2, 5, 1, 3, 6, 4).reshape(h * side, w * side, 3)
-    want, got = short(cfg, params, images, grid, ids, live), short(cfg, params, jnp.asarray(canvas), grid[..., 1:], ids, live)
+    none = lambda n: jnp.zeros((4, n), bool)
+    want = short(cfg, params, images, grid, ids, live, none(MOST))
+    got = short(cfg, params, jnp.asarray(canvas), grid[..., 1:], ids, live, none(8 * 14))
     for picture, (h, w) in enumerate(make_qwen_vl.GRIDS):
         for name in ("x", "cell", "pos"):
             np.testing.assert_allclose(getattr(got[0], name)[picture, -h * w :], getattr(want[0], name)[picture, -h * w :], atol=1e-5)
@@ -237,11 +236,13 @@ def test_a_recipe_that_keeps_all_changes_nothing():
     assert_same(want, got)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def parts(cfg, recipe, params, images, grid, ids, live):
-    laid = qwen_vl.lay(cfg, images, grid)
-    seen = qwen_vl.see(cfg, params, laid, recipe)
-    return qwen_vl.place(cfg, decoder.embed(cfg.text, params, ids, live), pack(live).index, ids, laid, seen)
+choose = jax.jit(lambda tokens, seen, recipe: vit.select({}, vit.Encoded(tokens, seen), recipe), static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def place(cfg, params, images, grid, ids, live, seen):
+    text = decoder.embed(cfg.text, params, ids, live)
+    return qwen_vl.place(cfg, text, pack(live).index, ids, qwen_vl.lay(cfg, images, grid), seen)
 
 
 arrange = jax.jit(qwen_vl.arrange, static_argnums=(1, 2))
@@ -256,7 +257,7 @@ def test_what_select_leaves_keeps_its_three_ids(positions):
     assert ids[1, -1] == make_qwen_vl.IMAGE, "the second prompt ends with its picture"
     recipe = Recipe(select=DivPrune(capacity=3, special=0))
     whole = embed(cfg, params, images, grid, ids, live)
-    joined = parts(cfg, recipe, params, images, grid, ids, live)
+    joined = place(cfg, params, images, grid, ids, live, choose(*look(cfg, params, images, grid, ASK)[1], recipe))
     few = arrange(joined, 21, positions)
     assert few.x.shape[1] == 21 and (few.lost == 0).all() and arrange(joined, 15, positions).lost.tolist() == [4, 0]
     for b, left in enumerate((2 * 3, 3)):
@@ -276,9 +277,6 @@ def test_what_select_leaves_keeps_its_three_ids(positions):
             after = int((whole.seen + whole.delta)[b])
             assert following == (after if positions == "keep" else rope.max() + 1)
     assert (np.asarray(few.seen) == np.asarray(whole.seen)).all()
-
-
-choose = jax.jit(lambda tokens, seen, recipe: vit.select({}, vit.Encoded(tokens, seen), recipe), static_argnums=2)
 
 
 def test_selectors_without_a_class_row():
@@ -313,12 +311,11 @@ def test_all_sites_in_one_program():
     def answer(params, images, grid, ids, live, keep):
         traces.append(0)
         before = qwen_vl.embed(cfg, params, images, grid, ids, live, recipe, keep={"select": keep}, rows=21)
-        tokens, layers = decoder.prefill(cfg.text, params, before, recipe, new=4)
-        return before, tokens, layers, generate(cfg.text, params, tokens, layers, recipe, new=4).ids
+        return before, *decoder.prefill(cfg.text, params, before, recipe, new=4)
 
     images, grid, ids, live = inputs(case)
-    before, tokens, layers, said = answer(params, images, grid, ids, live, jnp.asarray([3, 3]))
-    assert said.shape == (2, 4) and [parts[0].kv.k.shape[2] for parts in layers] == [12, 12] and tokens.pos.shape == (2, 18)
+    before, tokens, layers = answer(params, images, grid, ids, live, jnp.asarray([3, 3]))
+    assert [parts[0].kv.k.shape[2] for parts in layers] == [12, 12] and tokens.pos.shape == (2, 18)
     assert (tokens.lost == 0).all()
     rows = lambda t, b: {tuple(x) for x in np.concatenate([np.asarray(t.pos)[b, :, None], np.asarray(t.rope)[b]], 1).tolist() if x[0] >= 0}
     for b in range(2):
@@ -336,7 +333,7 @@ def test_four_survivors_in_a_row_are_merged():
     images, grid, ids, live = inputs(case)
     numbers = [0, 1, 2, 8, 9]
     gone = jnp.zeros((4, MOST), bool).at[1, MOST - 16 + np.array(numbers)].set(True)
-    rows, tokens, out, _ = short(cfg, params, images, grid, ids, live, gone)
+    rows, tokens, out = short(cfg, params, images, grid, ids, live, gone)
     left = [i for i in range(16) if i not in numbers][3:]
     cell = np.asarray(rows.cell)[1, -16:]
     assert np.asarray(tokens.cell)[1, -2:].tolist() == [(cell[left[i]] // 2).tolist() for i in (0, 4)]
@@ -492,7 +489,7 @@ def test_the_hubs_flat_config():
     cfg = hf_qwen_vl.config_from_hf(raw)
     assert cfg.text.mrope == (16, 24, 24) and cfg.text.tied and cfg.text.window is None and cfg.text.head_dim == 128 and cfg.text.qkv_bias
     assert cfg.vision.window == 8 and cfg.vision.whole == (7, 15, 23, 31) and cfg.patch == 1176 and cfg.vision.head_dim == 80
-    count = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(jax.eval_shape(lambda k: qwen_vl.init(cfg, k), jax.random.key(0))))
+    count = sum(int(np.prod(x)) for x in jax.tree.leaves(qwen_vl.shapes(cfg), is_leaf=blocks.is_shape))
     assert count == 3_754_622_976, "the parameters that the hub tells"
     assert hf_qwen_vl.config_from_hf(hf_qwen_vl.config_to_hf(cfg)) == cfg
 
