@@ -140,6 +140,10 @@ class Recipe:
             raise ValueError("keys stored unrotated are placed by order; a pruner that repacks positions would be undone")
         if raw and self.reader is not None and not self.reader.raw:
             raise ValueError(f"{self.reader.name} reads rotated keys, but {self.policy.name} stores them unrotated")  # type: ignore[union-attr]
+        if cfg.mrope and (raw or (self.cache is not None and self.cache.rotates)):
+            raise ValueError(
+                "keys are placed anew by one rotary id, but a picture's rows have three here (mrope); use methods that leave them in place"
+            )
         if raw and cfg.window is not None:
             raise ValueError("compact positions and a sliding window contradict each other: distances inside the cache are not the text's")
         if self.policy is not None and self.cache is not None and self.cache.rotates:

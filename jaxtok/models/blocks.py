@@ -67,6 +67,13 @@ def rotate(
     return rotate_by(x, ids, frequencies(cfg, layer), axes)
 
 
+def axes(cfg: Config, rope: Int[Array, "b n a"]) -> tuple[int, ...] | None:
+    """Which rotary id each frequency follows; rows of text alone have one id for all of them."""
+    if rope.shape[-1] not in (1, 3 if cfg.mrope else 1):
+        raise ValueError(f"tokens have {rope.shape[-1]} rotary ids a row; a model with mrope={cfg.mrope} takes {3 if cfg.mrope else 1}")
+    return cfg.axes if rope.shape[-1] > 1 else None
+
+
 # --- the halves of a layer --------------------------------------------------------------------------------------------
 
 
@@ -123,6 +130,13 @@ def embed(cfg: Config, params: Params, ids: Int[Array | np.ndarray, "b n"]) -> F
     """Token embeddings times embed_scale (rounded to their dtype, as Gemma does). Ids of dead rows may be anything in range."""
     x = params["embed"][ids]
     return x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, x.dtype)
+
+
+def mean_embedding(cfg: Config, params: Params, ids: Int[Array, "b n"], among: Bool[Array, "b n"]) -> Float[Array, "b c"]:
+    """The mean of the embeddings of the ids of `among`, float32; 0 where there are none."""
+    weight = among.astype(jnp.float32)
+    total = jnp.einsum("bnc,bn->bc", embed(cfg, params, ids).astype(jnp.float32), weight)
+    return total / jnp.maximum(jnp.sum(weight, -1, keepdims=True), 1.0)
 
 
 def logits(cfg: Config, params: Params, x: Float[Array, "b n c"]) -> Float[Array, "b n vocab"]:

@@ -19,7 +19,7 @@ from jaxtok.core.reduce import assignment, gather, move, reduce, representative
 from jaxtok.core.reducer import Reducer
 from jaxtok.core.score import change
 from jaxtok.core.select import from_index
-from jaxtok.core.types import IMAGE, SPECIAL, TEXT, Evidence, Needs, Tokens
+from jaxtok.core.types import IMAGE, SPECIAL, TEXT, DensePlan, Evidence, Needs, Tokens
 from jaxtok.models import blocks, encoder
 from jaxtok.models.cached import whole
 from jaxtok.models.config import EncoderConfig
@@ -134,6 +134,10 @@ class _Run:
         self.states[named] = state
         if not move_rows:
             return plan
+        if self.cfg.merge > 1 and (isinstance(plan, DensePlan) or plan.weight is not None):
+            raise ValueError(
+                f"{method.name} merges rows; this tower joins {self.cfg.merge} x {self.cfg.merge} patches itself: only drop some, or merge at site select"
+            )
         if method.restore is not None:
             self.open.append((min(method.restore, self.cfg.layers), index, method, own, tokens))
             n = tokens.pos.shape[1]

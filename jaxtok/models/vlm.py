@@ -261,7 +261,5 @@ def _told(cfg: VlmConfig, params, recipe: Recipe, pictures: int, ids, live, keep
         told["keep"] = jnp.broadcast_to(budget if budget.ndim == 2 else budget.reshape(-1, 1), (b, pictures)).reshape(-1)
     if recipe.select is not None and recipe.select.needs.text:
         words = (ids != cfg.image_token) & (True if live is None else live)
-        rows = blocks.embed(cfg.text, params, ids).astype(jnp.float32)
-        mean = jnp.einsum("bnc,bn->bc", rows, words.astype(jnp.float32)) / jnp.maximum(jnp.sum(words, -1), 1).astype(jnp.float32)[:, None]
-        told["text"] = jnp.repeat(mean, pictures, 0)
+        told["text"] = jnp.repeat(blocks.mean_embedding(cfg.text, params, ids, words), pictures, 0)
     return told
