@@ -73,7 +73,7 @@ def decay(target: float | int, *, entry: int, at: tuple[int, ...], layers: int, 
     check.between("target", target, 0, 2**31 - 1)
     _places(at, layers)
     if not at:
-        raise ValueError("a ratio needs a place to act at, `at` is empty")
+        raise ValueError(f"a ratio needs a place to act at, got at={at!r}")
     share = _shares(at, layers)
     least = entry * share[0] if by == "average" else Fraction(0)
     if not least <= target <= entry:

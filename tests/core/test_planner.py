@@ -73,7 +73,7 @@ def test_refused():
         "the most 576": dict(target=577),
         "with 100 rows that enter there are 53.125 at most": dict(entry=None, ratio=0.5, most=100),
         "leaves nothing by the convention 'end'": dict(entry=None, ratio=0, by="end", target=0),
-        "`at` is empty": dict(at=()),
+        r"got at=\(\)": dict(at=()),
     }.items():
         with pytest.raises(ValueError, match=match):
             fit(**given)

@@ -23,7 +23,6 @@ from tests.methods.vision.test_fastv import pictured
 
 small = {
     "gsearch": lambda n: GSearch(capacity=n, images=16),
-    "gsearch:schedule": lambda n: GSearch(capacity=n, images=16, schedule=(16, n)),
 }
 
 
