@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, move, reduce
 from jaxtok.core.select import from_index, pack
-from jaxtok.core.types import SPECIAL, Tokens
+from jaxtok.core.types import IMAGE, SPECIAL, Tokens
 from jaxtok.models import blocks, decoder, encoder, vit
 from jaxtok.models.config import Config, EncoderConfig
 
@@ -200,7 +200,7 @@ def _seen(cfg: VlmConfig, params, images, ids, live, recipe: Recipe, keep, key, 
         mean = jnp.einsum("bnc,bn->bc", rows, words.astype(jnp.float32)) / jnp.maximum(jnp.sum(words, -1), 1).astype(jnp.float32)[:, None]
         told["text"] = jnp.repeat(mean, pictures, 0)
     tokens = vit.select(own, found, recipe, keep=budget, **told)
-    if cfg.cls or getattr(recipe.select, "with_cls", False):
-        return tokens
+    if cfg.cls or getattr(recipe.select, "with_cls", False):  # the class row is a row of the picture now
+        return tokens._replace(kind=jnp.where(tokens.kind == SPECIAL, jnp.int8(IMAGE), tokens.kind))
     special = cfg.vision.prefix
     return reduce(pack((tokens.kind != SPECIAL) & (tokens.pos >= 0), tokens.pos.shape[1] - special), tokens)
