@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, move, reduce
 from jaxtok.core.select import from_index, pack
-from jaxtok.core.types import SPECIAL, Tokens
+from jaxtok.core.types import IMAGE, SPECIAL, Tokens
 from jaxtok.models import anyres, blocks, decoder, encoder, vit
 from jaxtok.models.config import Config, EncoderConfig
 
@@ -159,12 +159,16 @@ def embed(
         found = anyres.join(found, place, grid[1], several=several, with_cls=with_cls)
         tokens = vit.select(params["vision"] | _methods(params), found, recipe, grid=plan.grid, **told)
         seen = anyres.lay(tokens, plan, place, grid[1], params["newline"], lines)
+        if with_cls:  # class rows are rows of the picture now; newlines, of no crop, are not
+            seen = seen._replace(kind=jnp.where((seen.kind == SPECIAL) & (seen.segment >= 0), jnp.int8(IMAGE), seen.kind))
         many = plan.many.reshape(b, pictures)
     else:
         tokens = vit.select(params["vision"] | _methods(params), found, recipe, **told)
         if not (cfg.cls or with_cls):
             stays = (tokens.kind != SPECIAL) & (tokens.pos >= 0)
             tokens = reduce(pack(stays, tokens.pos.shape[1] - cfg.vision.prefix), tokens)
+        else:  # the class row is a row of the picture now
+            tokens = tokens._replace(kind=jnp.where(tokens.kind == SPECIAL, jnp.int8(IMAGE), tokens.kind))
         place = tokens.pos if cfg.cls else jnp.maximum(tokens.pos - cfg.vision.prefix, 0)
         seen = tokens._replace(pos=jnp.where(tokens.pos >= 0, place, -1), source=tokens.source[:, -most:])
         many = jnp.full((b, pictures), most, jnp.int32)
