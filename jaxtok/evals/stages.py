@@ -130,11 +130,11 @@ def recipe_of(specs: Sequence[str], sizes: Sizes, keep: int) -> Recipe:
                 method = registry.build(a.spec, after, fill)
             sites[a.cls.site].append((place, method))
             if method.at != "around" and method.restore is None:
-                n = min(n, max(1, _count(method, place, n, sizes)))
+                n = min(n, max(1, rows_left(method, place, n, sizes)))
     return Recipe(vit=tuple(sites["vit"]), select=next((m for _, m in sites["select"]), None), layers=tuple(sites["layers"]))
 
 
-def _count(method: Reducer, place: int, n: int, sizes: Sizes) -> int:
+def rows_left(method: Reducer, place: int, n: int, sizes: Sizes) -> int:
     """Image rows that a method leaves of n at a place."""
     layers = sizes.layers if method.site == "layers" else sizes.tower  # type: ignore[attr-defined]
     return method.layer(place, layers).count(n + sizes.special, n) - sizes.special
