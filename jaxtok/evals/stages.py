@@ -7,6 +7,7 @@ it changes.
 import dataclasses
 import functools
 import sys
+import typing
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -101,12 +102,13 @@ def recipe_of(specs: Sequence[str], sizes: Sizes, keep: int) -> Recipe:
 
     A spec is one of `registry.build`, and two options more: places=1+3 (layers) and keep=36 or keep=25% (rows left behind this method).
     Methods act in the order of the sites; the number of rows falls by the same factor at each place. Fields that a spec leaves open follow
-    from their names (`fill`). Without `places`: a quarter, a half and three quarters into the depth for methods that are made to act
-    several times (they remove a number of rows, carry a state, or come with a schedule), a quarter for the others.
+    from their names (`fields`). Without `places`: a quarter, a half and three quarters into the depth for methods that are made to act
+    several times (they remove a number of rows, carry a state, or come with a schedule), a quarter for the others. A method that needs
+    the scores of an earlier site brings the method of its paper along that gives them (vflowopt.layers: vflowopt.select).
 
     ValueError: no such method, a site that has no picture, two methods at the output of the tower, a decoder's method without a decoder.
     """
-    asked = sorted((_ask(spec, sizes) for spec in specs), key=lambda a: SITES.index(a.cls.site))
+    asked = _completed([_ask(spec, sizes) for spec in specs], sizes)
     if not asked:
         raise ValueError(f"no method; known: {', '.join(n for site in SITES for n in registry.names(site))}")
     if len([a for a in asked if a.cls.site == "select"]) > 1:
@@ -170,6 +172,24 @@ def _ask(spec: str, sizes: Sizes) -> _Asked:
     return _Asked(":".join([name.strip(), ",".join(options)]).rstrip(":"), cls, places, keep)
 
 
+def _completed(asked: list[_Asked], sizes: Sizes) -> list[_Asked]:
+    """By site; with the methods that others cannot do without."""
+    for a in [a for a in asked if a.cls.site == "layers"]:
+        one, partner = _probe(a.cls, a.places, sizes), a.cls.name.partition(".")[0] + ".select"
+        if one is not None and getattr(one.needs, "score", False) and not any(b.cls.site == "select" for b in asked):
+            asked = [*asked, _ask(partner, sizes)]
+    return sorted(asked, key=lambda a: SITES.index(a.cls.site))
+
+
+def _probe(cls: Any, places: tuple[int, ...], sizes: Sizes) -> Any:
+    """An instance for half of the patches; None where fields do not go together (or must be said)."""
+    half = max(1, sizes.patches // 2)
+    try:
+        return cls(**fields(cls, before=sizes.patches, after=half, places=places, sizes=sizes, whole=_carries(cls)))
+    except (ValueError, TypeError):
+        return None
+
+
 def _carries(cls: Any) -> bool:
     """Whether a method carries a state from place to place."""
     return cls.start is not Reducer.start and not any(f.name == "restore" for f in dataclasses.fields(cls))
@@ -201,12 +221,12 @@ def fields(cls: Any, *, before: int, after: int, places: tuple[int, ...], sizes:
     # what a method needs to be told, or takes as optional
     told: dict[str, Any] = {
         "capacity": after, "remove": -(-(before - after) // (len(places) if whole else 1)), "images": before, "k": max(1, round(before / after)), "grid": sizes.grid, "out": coarse,
-        "clusters": coarse, "restore": None, "last": places[-1],
+        "clusters": coarse, "restore": None, "last": places[-1], "by": places[-1], "contextual": after // 7,
     }  # fmt: skip
     if getattr(cls, "floor", False):  # no budget is kept
         del told["capacity"]
     out = {name: value for name, value in told.items() if name in known and default(name) is dataclasses.MISSING}
-    out |= {name: told[name] for name in ("capacity", "remove", "last") if name in known and name in told and default(name) is None}
+    out |= {name: told[name] for name in ("capacity", "remove", "last", "by") if name in known and name in told and default(name) is None}
     if "special" in known:
         out["special"] = sizes.special + bool("cross" in known and default("cross"))
     if "most" in known and "window" in known:
@@ -217,8 +237,17 @@ def fields(cls: Any, *, before: int, after: int, places: tuple[int, ...], sizes:
         if name in known and type(default(name)) is int:
             out[name] = cols
     for name, share in (("contextual", after / USUAL["kept"]), ("runs", before / USUAL["patches"])):
-        if name in known:
+        if name in known and type(default(name)) is int:
             out[name] = max(1, min(default(name), int(default(name) * share)))
+    if "made" in known and "recycle" in known:
+        out["made"] = _made(before - after, after, default("recycle"))
+    if "stages" in known and whole and len(places) > 1:
+        left = [before, *(_between(before, after, i, len(places)) for i in range(1, len(places) + 1))]
+        wide = len(
+            typing.get_args(typing.get_args(typing.get_type_hints(cls)["stages"])[0])
+        )  # (layer, rows left), or (layer, rows, rows left, made)
+        short = lambda k, a, b: (k, b) if wide == 2 else (k, a, b, _made(a - b, b, default("recycle")))
+        out["stages"] = tuple(short(*stage) for stage in zip(places, left, left[1:], strict=False))
     for name in ("threshold", "least"):
         if name in known and type(default(name)) is int:
             out[name] = min(default(name), after)
@@ -226,6 +255,11 @@ def fields(cls: Any, *, before: int, after: int, places: tuple[int, ...], sizes:
         scaled = [i if i < 0 else i * sizes.tower // USUAL["depth"] for i in default("layers")]
         out["layers"] = tuple(scaled if len(scaled) == 2 else dict.fromkeys(scaled))
     return out
+
+
+def _made(dropped: int, after: int, recycle: float) -> int:
+    """Rows that are made of a share of the dropped ones: one of ten."""
+    return min(after, (int(recycle * dropped) + 1) // 10 + 1)
 
 
 # --- one run of the model --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, move, reduce
 from jaxtok.core.select import from_index, pack
-from jaxtok.core.types import SPECIAL, Needs, Tokens
+from jaxtok.core.types import SPECIAL, Tokens
 from jaxtok.models import blocks, decoder, encoder, vit
 from jaxtok.models.config import Config, EncoderConfig
 
@@ -188,9 +188,9 @@ def _seen(cfg: VlmConfig, params, images, ids, live, recipe: Recipe, keep, key, 
         order = jnp.argsort(found.tokens.pos, axis=-1, stable=True).astype(jnp.int32)
         plan = from_index(jnp.where(jnp.take_along_axis(found.tokens.pos, order, 1) >= 0, order, -1), order.shape[1])
         one = lambda e: move(plan, e)
-        layered = recipe.select is not None and recipe.select.needs.layers
-        asked = recipe.select is not None and recipe.select.needs != Needs()  # else it may be about rows that were brought back since
-        found = vit.Encoded(reduce(plan, found.tokens), (jax.vmap(one) if layered else one)(found.evidence) if asked else found.evidence)
+        needs = None if recipe.select is None else recipe.select.needs
+        asked = needs is not None and needs != type(needs)()  # else it may be about rows that were brought back since
+        found = vit.Encoded(reduce(plan, found.tokens), (jax.vmap(one) if needs.layers else one)(found.evidence) if asked else found.evidence)
     budget = None if keep is None or keep.get("select") is None else jnp.asarray(keep["select"])
     if budget is not None:
         budget = jnp.broadcast_to(budget if budget.ndim == 2 else budget.reshape(-1, 1), (b, pictures)).reshape(-1)
