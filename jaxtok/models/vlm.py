@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, move, reduce
 from jaxtok.core.select import from_index, pack
-from jaxtok.core.types import IMAGE, SPECIAL, Tokens
+from jaxtok.core.types import IMAGE, SPECIAL, Evidence, Needs, Tokens
 from jaxtok.models import anyres, blocks, decoder, encoder, vit
 from jaxtok.models.config import Config, EncoderConfig
 
@@ -248,12 +248,14 @@ def _tower(cfg: VlmConfig, params, images, recipe: Recipe, keep, key, proportion
     p = params["projector"]
     x = encoder.linear(p, "down", encoder.act(cfg.act, encoder.linear(p, "up", found.tokens.x)))
     found = found._replace(tokens=found.tokens._replace(x=x.astype(params["embed"].dtype)))
+    needs = Needs() if recipe.select is None else recipe.select.needs
+    if needs == Needs():  # what there is may be about rows that were brought back since
+        found = found._replace(evidence=Evidence())
     if recipe.vit:  # mergers leave rows in an order of their own: back to that of the picture
         order = jnp.argsort(found.tokens.pos, axis=-1, stable=True).astype(jnp.int32)
         plan = from_index(jnp.where(jnp.take_along_axis(found.tokens.pos, order, 1) >= 0, order, -1), order.shape[1])
         one = lambda e: move(plan, e)
-        layered = recipe.select is not None and recipe.select.needs.layers
-        found = vit.Encoded(reduce(plan, found.tokens), (jax.vmap(one) if layered else one)(found.evidence))
+        found = vit.Encoded(reduce(plan, found.tokens), (jax.vmap(one) if needs.layers else one)(found.evidence))
     return found
 
 
