@@ -53,6 +53,23 @@ def config_from_hf(raw: dict[str, Any]) -> VlmConfig:
         raise ValueError(str(e) if str(e).startswith("config.json") else f"config.json: {e}") from None
 
 
+def config_to_hf(cfg: VlmConfig) -> dict[str, Any]:
+    """The config.json of `cfg`; ValueError where the family cannot express it."""
+    vision, text = hf_encoders.config_to_hf(cfg.vision)[0], hf.config_to_hf(cfg.text)
+    raw = {
+        "architectures": ["LlavaForConditionalGeneration"], "model_type": cfg.family, "projector_hidden_act": next(k for k, v in _ACTS.items() if v == cfg.act),
+        "vision_feature_layer": cfg.until - cfg.vision.layers - 1, "vision_feature_select_strategy": "full" if cfg.cls else "default",
+        "image_token_index": cfg.image_token, "image_seq_length": cfg.patches, "tie_word_embeddings": cfg.text.tied,
+        "vision_config": {k: v for k, v in vision.items() if k != "architectures"}, "text_config": text,
+    }  # fmt: skip
+    if config_from_hf(raw) != cfg:
+        raise ValueError(f"a {cfg.family} checkpoint cannot express {cfg}")
+    return raw
+
+
+SAVED: Home = dict.fromkeys(("model.language_model.embed_tokens.weight", "model.vision_tower.vision_model."))  # how new checkpoints name tensors
+
+
 def table(cfg: VlmConfig, home: Home) -> Table:
     """Which tensor holds which parameters, the embedding first: under the names of old and of new checkpoints."""
     new = "model.language_model.embed_tokens.weight" in home
