@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtok.models import blocks, encoder, hf, hf_encoders, hf_qwen_vl, hf_vlm, llama2c, qwen_vl, tensors
+from jaxtok.models import blocks, encoder, hf, hf_encoders, hf_qwen_vl, hf_vlm, llama2c, qwen_vl, tensors, vlm
 from jaxtok.models.blocks import Params
 from jaxtok.models.config import Config, EncoderConfig
 from jaxtok.models.qwen_vl import QwenVlConfig
@@ -32,7 +32,7 @@ _HUB_FILES = [
     "*processor_config.json",
     *_CHAT_FILES,
 ]
-EMBEDDED, DRAFT = "embedded", "embedded_draft"  # the models of the package
+EMBEDDED, DRAFT, EMBEDDED_VLM = "embedded", "embedded_draft", "embedded_vlm"  # the models of the package
 
 
 def load(
@@ -114,7 +114,8 @@ def load_vlm(
 ) -> tuple[VlmConfig | QwenVlConfig, Params, Tokenizer | None]:
     """(cfg, params, tokenizer or None) of a vision-language model; arguments and errors as in `load`.
 
-    LLaVA-1.5 and LLaVA-NeXT for `models.vlm`, Qwen2.5-VL (a `QwenVlConfig`) for `models.qwen_vl`.
+    LLaVA-1.5 and LLaVA-NeXT for `models.vlm`, Qwen2.5-VL (a `QwenVlConfig`) for `models.qwen_vl`. "embedded_vlm" is the small one of the
+    package, which reads the pictures of `jaxtok.evals.digits`.
     """
     dtype, place = _floating(dtype), _placer(sharding)
     where = find(path)
@@ -162,12 +163,12 @@ def _floating(dtype: Any) -> Any:
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Where a checkpoint is: a local path, a model of the package for "embedded" or "embedded_draft", or the local snapshot of a hub id."""
+    """Where a checkpoint is: a local path, a model of the package ("embedded", "embedded_draft", "embedded_vlm"), or the local snapshot of a hub id."""
     where = pathlib.Path(os.path.expanduser(path))  # pathlib's raises for ~nobody
     if where.exists():
         return where
     name = os.fspath(path)
-    if name in (EMBEDDED, DRAFT):
+    if name in (EMBEDDED, DRAFT, EMBEDDED_VLM):
         where = pathlib.Path(__file__).parent / name
         if not (where / "config.json").is_file():
             raise ValueError(f"the model {name!r} of the package is not in this installation; name another checkpoint")
@@ -256,10 +257,10 @@ def _load_llama2c(path: pathlib.Path, dtype: Any, place: Any, progress: Progress
 
 
 def save(
-    path: str | os.PathLike[str], cfg: Config | EncoderConfig | QwenVlConfig, params: Params, tokenizer: Tokenizer | None = None
+    path: str | os.PathLike[str], cfg: Config | EncoderConfig | VlmConfig | QwenVlConfig, params: Params, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write a Hugging Face directory that `load` (of an encoder `load_encoder`, of Qwen2.5-VL `load_vlm`) and transformers read:
-    config.json, safetensors (in shards of 4 GiB), tokenizer.
+    """Write a Hugging Face directory that `load` (`load_encoder`, `load_vlm`) and transformers read: config.json, safetensors (in shards
+    of 4 GiB), tokenizer.
 
     params: layers as a tuple or stacked. Existing files of that name are replaced; a directory with other weights in it is a ValueError.
     """
@@ -276,6 +277,8 @@ def save(
         table, shapes, first = hf_encoders.table(cfg, prefix), encoder.shapes(cfg), "embed" if cfg.image is None else "patch"
     elif isinstance(cfg, QwenVlConfig):
         config, table, shapes, first = hf_qwen_vl.config_to_hf(cfg), hf_qwen_vl.table(cfg), qwen_vl.shapes(cfg), "embed"
+    elif isinstance(cfg, VlmConfig):
+        config, table, shapes, first = hf_vlm.config_to_hf(cfg), hf_vlm.table(cfg, hf_vlm.SAVED), vlm.shapes(cfg), "embed"
     else:
         config, table, shapes, first = hf.config_to_hf(cfg), hf.table(cfg), blocks.shapes(cfg), "embed"
     have, want = (_flat(tree) for tree in (jax.eval_shape(blocks.unstack, params), shapes))
