@@ -1,4 +1,4 @@
-"""How many rows stay. The only place where ratios become counts: round half up, at least 1."""
+"""How many rows stay. The only place where ratios become counts: round half up, at least 1 (`floored`: down)."""
 
 import math
 from fractions import Fraction
@@ -17,6 +17,13 @@ def capacity(ratio: float | int, n: int) -> int:
     check.count("n", n, 1)
     # the decimal that was written, not its binary neighbour: 0.35 * 10 is 3.5 and rounds up
     return max(1, math.floor(Fraction(str(ratio)) * n + Fraction(1, 2)))
+
+
+def floored(ratio: float | int, n: int) -> int:
+    """Rows that a kept fraction `ratio` from 0 to 1 of `n` rows leaves, rounded down, where a paper's schedule does so; may be 0."""
+    check.between("ratio", ratio, 0, 1)
+    check.count("n", n, 0)
+    return math.floor(Fraction(str(ratio)) * n)
 
 
 def keep(ratio: float | int, live: jax.Array) -> jax.Array:

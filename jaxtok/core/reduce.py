@@ -9,7 +9,17 @@ from jaxtyping import Array, Int
 from jaxtok.core import check
 from jaxtok.core.types import KV, DensePlan, Evidence, Plan, Tokens
 
-ATTENTION = ("rows", "received", "peak", "perturbed", "cls", "asked", "asked_peak", "looked")  # of `Evidence`: what a group is given in all
+ATTENTION = (
+    "rows",
+    "received",
+    "peak",
+    "perturbed",
+    "ranked",
+    "cls",
+    "asked",
+    "asked_peak",
+    "looked",
+)  # of `Evidence`: what a group is given in all
 POSITIONS = ("keep", "repack", "keep_mrope")
 
 
@@ -31,7 +41,7 @@ def segment_sum(x: jax.Array, assign: Int[Array, "*B n"], m: int) -> jax.Array:
     batch, n = assign.shape[:-1], assign.shape[-1]
     rows = jnp.where(assign < 0, m, assign).reshape(math.prod(batch), n)
     flat = x.astype(jnp.float32).reshape((rows.shape[0], n, *x.shape[assign.ndim :]))
-    out = jax.vmap(lambda a, i: jnp.zeros((m + 1, *a.shape[1:]), jnp.float32).at[i].add(a)[:m])(flat, rows)
+    out = jax.vmap(lambda a, i: jnp.zeros((m, *a.shape[1:]), jnp.float32).at[i].add(a, mode="drop"))(flat, rows)
     return out.reshape((*batch, m, *x.shape[assign.ndim :]))
 
 

@@ -69,6 +69,7 @@ class Frozen(NamedTuple):
 
     kv: KV  # k [b g s r] of r channels; b may be 1: shared by all sequences
     channels: jax.Array | None = None  # i32 [b g r] which channels of a query meet those of k; None = all
+    gate: jax.Array | None = None  # f32 [b h] factor of what each query head takes from these slots, after the softmax; None = 1
 
 
 class Part(NamedTuple):
@@ -99,6 +100,13 @@ class Noise(NamedTuple):
     seed: int | None = 0
 
 
+class Rank(NamedTuple):
+    """PageRank over a layer's attention, summed up as `Evidence.ranked`: `rounds` times from uniform, of softmax(logit / tau), undamped."""
+
+    tau: float = 0.1
+    rounds: int = 5
+
+
 class Evidence(NamedTuple):
     """What a model tells a method. Each field is None unless a method's `Needs` asks for it; n = the rows or slots looked at.
 
@@ -109,6 +117,7 @@ class Evidence(NamedTuple):
     received: jax.Array | None = None  # f32 [b h n] attention summed over all live queries of this call
     peak: jax.Array | None = None  # f32 [b h n] largest attention that any live query of this call gives
     perturbed: jax.Array | None = None  # f32 [b h n] like `received`, of attention with noise and a temperature (`Needs.perturbed`)
+    ranked: jax.Array | None = None  # f32 [b h n] the rank of each row in attention with a temperature (`Needs.ranked`); sums to 1
     cls: jax.Array | None = None  # f32 [b h n] attention of the first live row
     keys: jax.Array | None = None  # [b g n d] keys before the rotary embedding
     queries: tuple[jax.Array, jax.Array] | None = None  # f32 mean [b h d], covariance [b h d d], before the rotary embedding
@@ -140,6 +149,7 @@ class Needs(NamedTuple):
     peak: bool = False
     unit: bool = False  # `peak` of attention divided by the length of the row that the query was made of (normed, as it enters the layer)
     perturbed: Noise | None = None  # which noise
+    ranked: Rank | None = None  # with which temperature, how many rounds
     cls: bool = False
     keys: bool = False
     queries: int | None = None  # moments over the live queries from this order on (None = not needed)
@@ -156,7 +166,8 @@ class Needs(NamedTuple):
     detail: bool = False
     weights: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()  # evidence of these 0-based layers instead of the one at hand (site select: -1 is the last that ran)
-    own: bool = False  # of the layer that follows, computed on its own input
+    own: bool = False  # of the layer that follows, computed on its own input (a decoder's `change`: always of the layer that ran)
+    score: bool = False  # site layers: `Tokens.score`, which a method at an earlier site has made
     segment: bool = False  # readers: the segment of each slot, when they start
 
     def __or__(self, other: "Needs") -> "Needs":  # type: ignore[override]
@@ -170,12 +181,15 @@ class Needs(NamedTuple):
             raise ValueError(
                 f"one recipe asks for attention under {self.perturbed} and under {other.perturbed}; give both methods the same"
             )
+        if None not in (self.ranked, other.ranked) and self.ranked != other.ranked:
+            raise ValueError(f"one recipe asks for the ranks of {self.ranked} and of {other.ranked}; give both methods the same")
         either = {name: getattr(self, name) or getattr(other, name) for name, value in Needs._field_defaults.items() if value is False}
         return Needs(
             **either,
             rows=max(self.rows, other.rows),
             turned=max(self.turned, other.turned),
             perturbed=other.perturbed if self.perturbed is None else self.perturbed,
+            ranked=other.ranked if self.ranked is None else self.ranked,
             queries=other.queries if self.queries is None else self.queries,
             weights=tuple(dict.fromkeys(self.weights + other.weights)),
             layers=tuple(sorted({*self.layers, *other.layers})),

@@ -7,7 +7,8 @@ from jaxtok.models.hf import Fields
 from jaxtok.models.tensors import Home, Table, matrix, piece
 from jaxtok.models.vlm import VlmConfig, shapes
 
-FAMILIES = ("llava", "llava_next")
+_CLASSES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
+FAMILIES = tuple(_CLASSES)
 _ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu", "silu": "silu"}
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA-NeXT: heights and widths
 _KNOWN = {
@@ -66,6 +67,25 @@ def pinpoints(r: Fields) -> tuple[tuple[int, int], ...]:
     if not value or not all(isinstance(p, list) and len(p) == 2 and all(type(side) is int for side in p) for p in value):
         raise ValueError(f"image_grid_pinpoints={value!r} should be a list of heights and widths")
     return tuple((y, x) for y, x in value)
+
+
+def config_to_hf(cfg: VlmConfig) -> dict[str, Any]:
+    """The config.json of `cfg`; ValueError where the family cannot express it."""
+    vision, text = hf_encoders.config_to_hf(cfg.vision)[0], hf.config_to_hf(cfg.text)
+    raw = {
+        "architectures": [_CLASSES[cfg.family]], "model_type": cfg.family, "projector_hidden_act": next(k for k, v in _ACTS.items() if v == cfg.act),
+        "vision_feature_layer": cfg.until - cfg.vision.layers - 1, "vision_feature_select_strategy": "full" if cfg.cls else "default",
+        "image_token_index": cfg.image_token, "image_seq_length": cfg.patches, "tie_word_embeddings": cfg.text.tied,
+        "vision_config": {k: v for k, v in vision.items() if k != "architectures"}, "text_config": text,
+    }  # fmt: skip
+    if cfg.pinpoints:
+        raw["image_grid_pinpoints"] = [list(p) for p in cfg.pinpoints]
+    if config_from_hf(raw) != cfg:
+        raise ValueError(f"a {cfg.family} checkpoint cannot express {cfg}")
+    return raw
+
+
+SAVED: Home = dict.fromkeys(("model.language_model.embed_tokens.weight", "model.vision_tower.vision_model."))  # how new checkpoints name tensors
 
 
 def table(cfg: VlmConfig, home: Home) -> Table:

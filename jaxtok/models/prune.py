@@ -32,7 +32,7 @@ class Pruning:
         if i + 1 not in self.places:
             return Needs()
         needs = self.places[i + 1][1].layer(i + 1, self.cfg.layers).needs
-        return Needs() if needs.own else needs
+        return Needs(change=needs.change) if needs.own else needs
 
     def before(self, i: int, p, tokens: Tokens, evidence: Evidence) -> Tokens:
         """The rows that go through layer i, whose parameters are p; `evidence` is layer i - 1's."""
@@ -41,7 +41,10 @@ class Pruning:
         index, named = self.places[i]
         method, own = named.layer(i, self.cfg.layers), self.learned[index] if self.learned else {}
         if method.needs.own:
-            evidence = cached.foresee(self.cfg, p, i, tokens, method.needs, *self.opts)
+            ahead = method.needs._replace(change=False, score=False)
+            evidence = cached.foresee(self.cfg, p, i, tokens, ahead, *self.opts)._replace(change=evidence.change)
+        if method.needs.score and tokens.score is None:
+            raise ValueError(f"{method.name} reads a score that a method at an earlier site has made, and there is none; add that method")
         state = self.states[named] if named in self.states else method.start(own, tokens)
         state, plan = method.plan(own, state, tokens, evidence, self._budget(index, tokens))
         score = method.mark(own, state, tokens, evidence)
@@ -49,7 +52,10 @@ class Pruning:
         self.states[named] = state
         row = representative(plan)
         self.states = {m: Held(jax.tree.map(lambda x: gather(x, row), s.slots), s.rest) for m, s in self.states.items()}
-        return reduce(plan, tokens, method.positions)
+        tokens = reduce(plan, tokens, method.positions)
+        if method.positions == "repack":  # rows see each other in the order in which they stand, merged ones too
+            tokens = tokens._replace(pos=jnp.sort(tokens.pos, axis=-1))
+        return tokens
 
     def _budget(self, index: int, tokens: Tokens) -> Array | None:
         if self.budgets is None or self.budgets[index] is None:

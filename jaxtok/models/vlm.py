@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather, move, reduce
 from jaxtok.core.select import from_index, pack
-from jaxtok.core.types import SPECIAL, Tokens
+from jaxtok.core.types import IMAGE, SPECIAL, Evidence, Needs, Tokens
 from jaxtok.models import anyres, blocks, decoder, encoder, vit
 from jaxtok.models.config import Config, EncoderConfig
 
@@ -159,12 +159,16 @@ def embed(
         found = anyres.join(found, place, grid[1], several=several, with_cls=with_cls)
         tokens = vit.select(params["vision"] | _methods(params), found, recipe, grid=plan.grid, **told)
         seen = anyres.lay(tokens, plan, place, grid[1], params["newline"], lines)
+        if with_cls:  # class rows are rows of the picture now; newlines, of no crop, are not
+            seen = seen._replace(kind=jnp.where((seen.kind == SPECIAL) & (seen.segment >= 0), jnp.int8(IMAGE), seen.kind))
         many = plan.many.reshape(b, pictures)
     else:
         tokens = vit.select(params["vision"] | _methods(params), found, recipe, **told)
         if not (cfg.cls or with_cls):
             stays = (tokens.kind != SPECIAL) & (tokens.pos >= 0)
             tokens = reduce(pack(stays, tokens.pos.shape[1] - cfg.vision.prefix), tokens)
+        else:  # the class row is a row of the picture now
+            tokens = tokens._replace(kind=jnp.where(tokens.kind == SPECIAL, jnp.int8(IMAGE), tokens.kind))
         place = tokens.pos if cfg.cls else jnp.maximum(tokens.pos - cfg.vision.prefix, 0)
         seen = tokens._replace(pos=jnp.where(tokens.pos >= 0, place, -1), source=tokens.source[:, -most:])
         many = jnp.full((b, pictures), most, jnp.int32)
@@ -244,12 +248,14 @@ def _tower(cfg: VlmConfig, params, images, recipe: Recipe, keep, key, proportion
     p = params["projector"]
     x = encoder.linear(p, "down", encoder.act(cfg.act, encoder.linear(p, "up", found.tokens.x)))
     found = found._replace(tokens=found.tokens._replace(x=x.astype(params["embed"].dtype)))
+    needs = Needs() if recipe.select is None else recipe.select.needs
+    if needs == Needs():  # what there is may be about rows that were brought back since
+        found = found._replace(evidence=Evidence())
     if recipe.vit:  # mergers leave rows in an order of their own: back to that of the picture
         order = jnp.argsort(found.tokens.pos, axis=-1, stable=True).astype(jnp.int32)
         plan = from_index(jnp.where(jnp.take_along_axis(found.tokens.pos, order, 1) >= 0, order, -1), order.shape[1])
         one = lambda e: move(plan, e)
-        layered = recipe.select is not None and recipe.select.needs.layers
-        found = vit.Encoded(reduce(plan, found.tokens), (jax.vmap(one) if layered else one)(found.evidence))
+        found = vit.Encoded(reduce(plan, found.tokens), (jax.vmap(one) if needs.layers else one)(found.evidence))
     return found
 
 
@@ -261,7 +267,5 @@ def _told(cfg: VlmConfig, params, recipe: Recipe, pictures: int, ids, live, keep
         told["keep"] = jnp.broadcast_to(budget if budget.ndim == 2 else budget.reshape(-1, 1), (b, pictures)).reshape(-1)
     if recipe.select is not None and recipe.select.needs.text:
         words = (ids != cfg.image_token) & (True if live is None else live)
-        rows = blocks.embed(cfg.text, params, ids).astype(jnp.float32)
-        mean = jnp.einsum("bnc,bn->bc", rows, words.astype(jnp.float32)) / jnp.maximum(jnp.sum(words, -1), 1).astype(jnp.float32)[:, None]
-        told["text"] = jnp.repeat(mean, pictures, 0)
+        told["text"] = jnp.repeat(blocks.mean_embedding(cfg.text, params, ids, words), pictures, 0)
     return told

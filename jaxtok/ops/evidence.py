@@ -151,6 +151,13 @@ def _perturbed(spec: Spec, q, k, q_pos, k_pos, bias, window, tau, words):
             y = y + group(z, k.shape[1])
         return jnp.where(y > -jnp.inf, bounded(y / tau), -jnp.inf)
 
+    total = _sums(spec, x, block, _totals(spec, x, block))
+    return total[..., : k.shape[2]].reshape(*q.shape[:2], k.shape[2])
+
+
+def _totals(spec: Spec, x, block) -> Array:
+    """The logsumexp of each query's blocks, f32 [b g r T]."""
+
     def row(total, i, j, first, guard):
         old = take(total, i, spec.chunk, 3)
         return put(
@@ -160,14 +167,77 @@ def _perturbed(spec: Spec, q, k, q_pos, k_pos, bias, window, tau, words):
             3,
         )
 
+    return walk(spec, x, row, jnp.full_like(x.q[..., 0] * x.k[:, :, None, :1, 0], -jnp.inf, jnp.float32))
+
+
+def _sums(spec: Spec, x, block, lse, weight=None) -> Array:
+    """Column sums of exp(block - lse), f32 [b g r S]; of the rows times `weight` [b g r T], if given."""
+
     def column(total, i, j, first, guard):
         old, saved = take(total, j, spec.block, 3), finite(take(lse, i, spec.chunk, 3))
-        p = lambda i, j, saved: jnp.exp(block(i, j) - saved[..., None]).sum(3)
-        return put(total, old + guard(p, i, j, saved, otherwise=jnp.zeros_like(old)), j, 3)
+        share = None if weight is None else take(weight, i, spec.chunk, 3)[..., None]
+        p = lambda i, j, saved: jnp.exp(block(i, j) - saved[..., None])
+        new = (lambda *at: p(*at).sum(3)) if share is None else (lambda *at: (p(*at) * share).sum(3))
+        return put(total, old + guard(new, i, j, saved, otherwise=jnp.zeros_like(old)), j, 3)
 
-    lse = walk(spec, x, row, jnp.full_like(x.q[..., 0] * x.k[:, :, None, :1, 0], -jnp.inf, jnp.float32))
-    total = jnp.zeros_like(x.q[:, :, :, 0, :1] * x.k[:, :, None, :, 0], jnp.float32)
-    return walk(spec, x, column, total)[..., : k.shape[2]].reshape(*q.shape[:2], k.shape[2])
+    return walk(spec, x, column, jnp.zeros_like(x.q[:, :, :, 0, :1] * x.k[:, :, None, :, 0], jnp.float32))
+
+
+def ranked(
+    q: Float[Array, "b h n d"],
+    k: Float[Array, "b g n d"],
+    *,
+    tau: float | Float32[Array, ""] = 0.1,
+    rounds: int = 5,
+    q_pos: Int32[Array, "b n"],
+    k_pos: Int32[Array, "b n"] | Int32[Array, "b g n"],
+    bias: Float32[Array, "b g n"] | None = None,
+    causal: bool = True,
+    window: int | Int32[Array, ""] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    diagonal: int | None = None,
+) -> Float32[Array, "b h n"]:
+    """PageRank of the rows of a sequence, of which q and k are the queries and the keys, over their attention with a temperature.
+
+        rank_j = 1 / (number of live queries), of a live query;   rounds times:  rank'_j = sum_i rank_i softmax_j(logit(i, j) / tau)
+
+    No damping. What a row holds goes to the keys that it sees, so ranks sum to 1 as long as every row that holds something sees one. A row may ask
+    (q_pos >= 0) and be seen by none (k_pos = -1): it counts in the first round alone. Ranks choose rows, so they are a constant to the gradient.
+    Memory O(block) in n; `rounds` + 1 walks over the blocks. Other arguments as in `attention`.
+
+    Raises:
+      ValueError: shapes, dtypes, window, tau or rounds are wrong.
+    """
+    check(q, k, q_pos, k_pos, bias=bias, softcap=softcap, diagonal=diagonal)
+    if not isinstance(tau, jax.Array) and not 0 < tau < float("inf"):
+        raise ValueError(f"tau is {tau}; a temperature must be positive and finite")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or not 0 <= rounds <= 10**6:
+        raise ValueError(f"rounds is {rounds!r}; it must be an int from 0 to a million")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys; they must be of the same rows")
+    if not q.size or not k.size:
+        return jnp.zeros((*q.shape[:2], k.shape[2]), jnp.float32)
+    spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
+    operands = level(q, k, q_pos, k_pos, bias, as_window(window), jnp.asarray(tau, jnp.float32))
+    return _ranked(spec, rounds, *jax.lax.stop_gradient(operands))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _ranked(spec: Spec, rounds: int, q, k, q_pos, k_pos, bias, window, tau):
+    x, n = prepare(spec, q, k, q_pos, k_pos, bias, window), k.shape[2]
+
+    def block(i, j):
+        y, _ = logits(spec, x, i, j)
+        return jnp.where(y > -jnp.inf, bounded(y / tau), -jnp.inf)
+
+    lse = _totals(spec, x, block)
+    live = (q_pos >= 0).astype(jnp.float32)
+    uniform = live / jnp.maximum(jnp.sum(live, -1, keepdims=True), 1.0)
+    rank = jnp.broadcast_to(uniform[:, None, None], (*x.q.shape[:3], n)) + jnp.zeros_like(lse[..., :1])  # the product's sharding
+    again = lambda rank, _: (_sums(spec, x, block, lse, pad(rank, spec.chunk, 3))[..., :n], None)
+    rank, _ = jax.lax.scan(again, rank, None, length=rounds)
+    return rank.reshape(*q.shape[:2], n)
 
 
 def rows(

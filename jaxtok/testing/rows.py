@@ -61,6 +61,8 @@ def run(recipe: Recipe, site: str, params, tokens: Tokens, keep, key) -> tuple[j
     """(logits [b .], rows at the end, loss) of the model with one reduction."""
     weighted = any(not hasattr(m, "capacity") for _, m in (*recipe.vit, *recipe.layers))
     if site == "layers":
+        if any(m.needs.score for _, m in recipe.layers):  # what an earlier site would have made of the rows
+            tokens = tokens._replace(score=jax.lax.stop_gradient(jnp.sin(7 * jnp.sum(tokens.x, -1, dtype=jnp.float32))))
         limit = None if keep is None else {"layers": (keep,)}
         tokens, layers = decoder.prefill(TEXT, params, tokens, recipe, new=T, keep=limit, key=key, proportional=weighted)
         logits = [decoder.logits(TEXT, params, tokens.x[:, -1:])[:, 0]]

@@ -15,6 +15,7 @@ from jaxtok.core import (
     diverse,
     heads,
     matching,
+    planner,
     plugins,
     protocols,
     reader,
@@ -26,6 +27,7 @@ from jaxtok.core import (
     segments,
     select,
     selector,
+    stages,
     types,
 )
 from jaxtok.core import vacate as steps
@@ -38,6 +40,8 @@ NONE_OR_FOUR = st.sampled_from([None, 0, 4])
 PLACES = ["nowhere.py", "no.such.module", "", ".", "..", "a b", "json", "/", "a\0b.py"]
 
 plain("core.budget.capacity")(lambda draw: (budget.capacity, (usually(draw, REALS), usually(draw, INTS)), {}))
+plain("core.budget.floored")(lambda draw: (budget.floored, (usually(draw, REALS), usually(draw, INTS)), {}))
+plain("core.stages.schedule")(lambda draw: (lambda x: len(stages.schedule(x)), (draw(ANY),), {}))
 plain("core.check.at_least")(lambda draw: (check.at_least, ("x", usually(draw, REALS), draw(REALS)), {}))
 plain("core.check.between")(lambda draw: (check.between, ("x", usually(draw, REALS), draw(REALS), draw(REALS)), {}))
 plain("core.check.budget")(lambda draw: (check.budget, ("x", usually(draw, INTS), draw(INTS)), {}))
@@ -71,6 +75,49 @@ plain("core.heads.split")(lambda draw: (heads.split, (usually(draw, st.just(tabl
 plain("core.heads.best")(lambda draw: (heads.best, (usually(draw, st.just(table(draw, (float,)))), usually(draw, INTS)), {}))
 plain("core.heads.allot")(
     lambda draw: (heads.allot, (*(usually(draw, st.integers(1, 99)) for _ in range(3)), usually(draw, st.floats(0, 1))), {})
+)
+
+
+def schedule(draw):
+    """(what enters, places that mostly ascend with counts that mostly fall, layers)."""
+    layers = draw(st.integers(1, 12))
+    at = sorted(draw(st.sets(st.integers(0, layers - 1), max_size=3)))
+    left = sorted((draw(st.integers(0, 600)) for _ in range(len(at) + 1)), reverse=True)
+    stages = tuple(zip(at, left[1:], strict=True))
+    return usually(draw, st.just(left[0])), usually(draw, st.just(stages)), usually(draw, st.just(layers))
+
+
+plain("core.planner.counts")(lambda draw: (planner.counts, schedule(draw), {}))
+plain("core.planner.conventions")(lambda draw: (planner.conventions, schedule(draw), {}))
+
+
+def shape(draw):
+    entry, stages, layers = schedule(draw)
+    at = tuple(s[0] for s in stages) if isinstance(stages, tuple) and all(isinstance(s, tuple) for s in stages) else stages
+    return entry, at, layers, usually(draw, st.floats(0, 1)), usually(draw, st.sampled_from(planner.CONVENTIONS))
+
+
+@plain("core.planner.geometric")
+def _(draw):
+    entry, at, _, ratio, _ = shape(draw)
+    return planner.geometric, (entry, at, ratio), {}
+
+
+@plain("core.planner.decay")
+def _(draw):
+    entry, at, layers, _, by = shape(draw)
+    return planner.decay, (usually(draw, REALS),), {"entry": entry, "at": at, "layers": layers, "by": by}
+
+
+@plain("core.planner.fit")
+def _(draw):
+    entry, at, layers, ratio, by = shape(draw)
+    which = {"entry": entry} if draw(st.booleans()) else {"ratio": ratio}
+    return planner.fit, (usually(draw, REALS),), {"at": at, "layers": layers, "by": by} | which
+
+
+plain("core.planner.of_recipe")(
+    lambda draw: (planner.of_recipe, (usually(draw, st.just(recipe.Recipe())), CFG, usually(draw, st.integers(1, 600))), {})
 )
 
 

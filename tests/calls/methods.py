@@ -205,6 +205,8 @@ def shrink(make):
             if method.needs.probs:
                 square = jnp.broadcast_to(jnp.abs(evidence.cls)[:, :, None], (s.b, s.h, s.n, s.n))
                 evidence = evidence._replace(probs=square)
+            if method.needs.score:
+                tokens = tokens._replace(score=evidence.detail)
             if method.needs.layers:
                 evidence = jax.tree.map(lambda x: jnp.stack([x] * len(method.needs.layers)), evidence)
             _, plan = method.plan(own, method.start(own, tokens), tokens, evidence, keep)
@@ -221,8 +223,29 @@ def shrink(make):
     return build
 
 
+def edit(make):
+    def build(s):
+        method = make(max(s.m, LEAST))
+        cfg = dataclasses.replace(CFG, heads=s.h, kv_heads=s.g, head_dim=s.d)
+
+        def fn(heads):
+            own = {"heads": heads} if s.i % 2 else method.init_params(jax.random.key(0), cfg)
+            spared = [method.layer(own, i, cfg) for i in range(cfg.layers)]
+            return [(x.read, x.write) for x in spared]
+
+        return Case(fn, lambda v: {"heads": v.mask(cfg.layers, s.h)})
+
+    return build
+
+
 ROWS = {site: {"plan": shrink} for site in ("vit", "select", "layers")}
-USES = ROWS | {"prompt": {"run": shorten}, "cache": {"compress": compress}, "policy": {"fit": fit, "step": step}, "reader": {"read": read}}
+USES = ROWS | {
+    "edits": {"edit": edit},
+    "prompt": {"run": shorten},
+    "cache": {"compress": compress},
+    "policy": {"fit": fit, "step": step},
+    "reader": {"read": read},
+}
 
 for _name in registry.names():
     PLAIN[f"build {_name}"] = constructor(registry.get(_name))

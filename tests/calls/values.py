@@ -189,6 +189,7 @@ class Values:
             received=weight(s.b, s.h, n),
             peak=weight(s.b, s.h, n),
             perturbed=weight(s.b, s.h, n),
+            ranked=weight(s.b, s.h, n),
             cls=weight(s.b, s.h, n),
             keys=self.rows(s.b, s.g, n, s.d),
             queries=(self.floats(s.b, s.h, s.d), self.floats(s.b, s.h, s.d, s.d)),

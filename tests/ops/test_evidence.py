@@ -10,7 +10,7 @@ import pytest
 
 from jaxtok.ops import _chunked
 from jaxtok.ops.attention import attention
-from jaxtok.ops.evidence import perturbed, received, rows
+from jaxtok.ops.evidence import perturbed, ranked, received, rows
 from jaxtok.ops.noise import gumbel, words
 
 
@@ -90,6 +90,54 @@ def test_equals_the_dense_matrix(name, small):
     k_pos = x["k_pos"][:, None] if x["k_pos"].ndim == 2 else np.repeat(x["k_pos"], x["q"].shape[1] // x["k"].shape[1], 1)
     dead = np.broadcast_to(k_pos < 0, columns.shape)
     assert dead.any() and (np.asarray(columns)[dead] == 0).all() and (np.moveaxis(np.asarray(tail), 2, 0)[:, dead] == 0).all()
+
+
+RANKED = {
+    "mha": (make(2, 2, 20, 20), {"diagonal": 0}),
+    "gqa": (make(4, 2, 20, 20, bias=True), {"diagonal": 0, "softcap": 1.5, "window": 9}),
+    "asks_unseen": (make(4, 1, 20, 20, heads=True), {}),
+}
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_ranks(name, small):
+    """Rounds of rank <- rank @ matrix, with the logits divided by tau; rows that ask and are not seen count in the first."""
+    x, static = RANKED[name]
+    tau, window = 0.3, static.get("window")
+    fixed = {key: a for key, a in static.items() if key != "window"}
+    q, k, rest = split(x, window)
+    found = [jax.jit(functools.partial(ranked, tau=tau, rounds=n, **fixed))(q, k, **rest) for n in (0, 1, 3)]
+    dense = {"softcap": static.get("softcap"), "window": window}
+    live = x["q_pos"] >= 0
+    p = tempered(x, tau, **dense)
+    rank = np.broadcast_to((live / np.maximum(live.sum(-1, keepdims=True), 1))[:, None], found[0].shape)
+    for n in range(4):
+        if n in (0, 1, 3):
+            np.testing.assert_allclose(found[(0, 1, None, 2)[n]], rank, atol=2e-6)
+        rank = np.einsum("bhi,bhij->bhj", rank, p)
+
+
+def tempered(x, tau, **dense):
+    """The attention matrix of logits over tau."""
+    p = matrix(**x, **dense)
+    log = np.log(np.where(p > 0, p, 1)) / tau
+    log = np.where(p > 0, log, -np.inf)
+    top = np.where(np.isfinite(log.max(-1, keepdims=True)), log.max(-1, keepdims=True), 0)
+    e = np.exp(log - top)
+    return e / np.maximum(e.sum(-1, keepdims=True), 1e-300)
+
+
+def test_ranks_in_limits():
+    """Rows that see themselves alone keep a uniform rank; the mass stays one; nothing live is nothing; bad input is refused."""
+    pos = jnp.asarray([[-1, 0, 1, 2], [-1, -1, -1, -1]], jnp.int32)
+    eye = jnp.broadcast_to(100 * jnp.eye(4), (2, 1, 4, 4))
+    run = jax.jit(lambda q: ranked(q, eye, q_pos=pos, k_pos=pos, tau=0.1, rounds=5))
+    np.testing.assert_allclose(run(eye)[:, 0], [[0, 1 / 3, 1 / 3, 1 / 3], [0, 0, 0, 0]], atol=1e-6)
+    other = run(jax.random.normal(jax.random.key(0), (2, 1, 4, 4)))
+    np.testing.assert_allclose(other.sum(-1)[:, 0], [1, 0], atol=1e-6)
+    for bad, match in (({"tau": 0.0}, "tau is 0.0"), ({"rounds": -1}, "rounds is -1")):
+        with pytest.raises(ValueError, match=match):
+            ranked(eye, eye, q_pos=pos, k_pos=pos, **bad)
 
 
 def test_by_hand():

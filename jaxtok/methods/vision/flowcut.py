@@ -1,18 +1,22 @@
-"""FlowCut, the part in the vision encoder. Source: arXiv:2505.19536; TungChintao/FlowCut (flowcut/, FlowCut_Qwen/), Apache-2.0."""
+"""FlowCut: in the vision encoder and between the decoder's layers. Source: arXiv:2505.19536; TungChintao/FlowCut (flowcut/, FlowCut_Qwen/), Apache-2.0."""
 
 import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxtok.core import check
 from jaxtok.core.matching import movable
 from jaxtok.core.protocols import Held
+from jaxtok.core.pruner import Pruner
+from jaxtok.core.recipe import Recipe
 from jaxtok.core.reducer import Reducer
 from jaxtok.core.registry import register
+from jaxtok.core.score import softmax
 from jaxtok.core.select import choose, pack
+from jaxtok.core.selector import pictured
 from jaxtok.core.types import Evidence, Needs, Plan, Tokens
 
 
@@ -23,6 +27,11 @@ class Flow(NamedTuple):
     semantic: Array  # softmax of the class row's value with the others'
     value: Array  # length of the mean value, L1
     score: Array
+
+
+def portion(a: Float[Array, "*B n"]) -> Float[Array, "*B n"]:
+    """Each row's part of the sum over the last axis; 0 where that is 0."""
+    return a / jnp.maximum(jnp.sum(a, -1, keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
 @register(
@@ -84,17 +93,16 @@ class FlowCutVit(Reducer):
     def flow(self, tokens: Tokens, evidence: Evidence) -> Flow:
         live, free = tokens.pos >= 0, movable(tokens)
         v = check.given("values", evidence.values).astype(jnp.float32)
-        softmax = lambda logit: jnp.mean(jax.nn.softmax(jnp.where(live[:, None], logit, jnp.finfo(jnp.float32).min), -1), 1)
+        weigh = lambda logit: jnp.mean(jax.nn.softmax(jnp.where(live[:, None], logit, jnp.finfo(jnp.float32).min), -1), 1)
         value = jnp.sum(jnp.abs(jnp.mean(v, 1)), -1)
         if self.query == "mean":
             mean, k = check.given("queries", evidence.queries)[0], check.given("keys", evidence.keys).astype(jnp.float32)
-            attention = jnp.where(free, softmax(jnp.einsum("bhd,bhnd->bhn", mean, k) * k.shape[-1] ** -0.5), 0.0)
+            attention = jnp.where(free, weigh(jnp.einsum("bhd,bhnd->bhn", mean, k) * k.shape[-1] ** -0.5), 0.0)
             return Flow(attention, jnp.zeros_like(value), value, attention * value)
         attention = jnp.where(free, jnp.mean(check.given("cls", evidence.cls).astype(jnp.float32), 1), 0.0)
         first = jnp.take_along_axis(v, jnp.argmax(live, -1)[:, None, None, None], 2)
-        semantic = jnp.where(free, softmax(jnp.einsum("bhqd,bhnd->bhn", first, v)), 0.0)
-        share = lambda a: a / jnp.maximum(jnp.sum(a, -1, keepdims=True), jnp.finfo(jnp.float32).tiny)
-        return Flow(attention, semantic, value, (share(attention) + share(semantic)) * value)
+        semantic = jnp.where(free, weigh(jnp.einsum("bhqd,bhnd->bhn", first, v)), 0.0)
+        return Flow(attention, semantic, value, (portion(attention) + portion(semantic)) * value)
 
     def plan(self, params, state: Held, tokens: Tokens, evidence: Evidence, keep=None) -> tuple[Held, Plan]:
         b, n = tokens.pos.shape
@@ -118,7 +126,7 @@ class FlowCutVit(Reducer):
     def _dropped(self, attention, number, target):
         p = attention
         if self.query == "cls":
-            p = p / jnp.maximum(jnp.sum(p, -1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+            p = portion(p)
         entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1.0) if self.query == "cls" else p + 1e-7), -1)
         most = jnp.log(jnp.maximum(number, 2).astype(jnp.float32))
         r = (number - target).astype(jnp.float32) / self.left**0.5 * (1.0 - (entropy / most) ** 2)
@@ -134,3 +142,52 @@ def schedule(
     last = layers - 2 if query == "cls" else layers
     method = FlowCutVit(capacity=capacity, query=query, special=special, variant=variant)
     return tuple((i, method) for i in range(1, last + 1))
+
+
+@register(
+    "flowcut.layers",
+    site="layers",
+    paper="arXiv:2505.19536",
+    title="FlowCut: Rethinking Redundancy via Information Flow for Efficient Vision-Language Models",
+    authors="Jintao Tong and Wenwei Jin and Pengda Qin and Anqi Li and Yixiong Zou and Yuhong Li and Yuhua Li and Ruixuan Li",
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowCutLayers(Pruner):
+    """Keep the image rows of largest flow from the prompt's last row, in the layer before.
+
+        c_j = softmax over image rows of q_last . k_j / sqrt(d),   s_j = the same of v_last . v_j / sqrt(d),   each the mean over heads
+        score_j = (c_j / sum c + s_j / sum s) |mean over heads of v_j|_1
+
+    The paper's second step for pictures in crops and for Qwen2-VL, in 0-based layer 1: before layer 2 (`flowcut`). Rows are numbered anew
+    (positions="repack"). c comes from the attention row of the layer (its softmax over all keys, of which the image's part is taken). The
+    official code asks with the last row of the instruction and drops what stands behind it (it is the prompt's end); that is not copied.
+    Ties: the older row.
+    """
+
+    positions: str = "repack"
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(rows=1, values=True)
+
+    def score(self, params, state: Held, tokens: Tokens, evidence: Evidence):
+        free, v = pictured(tokens), check.given("values", evidence.values).astype(jnp.float32)
+        row = jnp.where(free[:, None], check.given("rows", evidence.rows)[:, :, -1].astype(jnp.float32), 0.0)
+        near = jnp.einsum("bgd,bgnd->bgn", v[:, :, -1], v) * v.shape[-1] ** -0.5  # the last row is the last token
+        semantic = jnp.mean(softmax(near, jnp.broadcast_to(free[:, None], near.shape)), 1)  # as over query heads: each KV head has as many
+        return (portion(jnp.mean(portion(row), 1)) + portion(semantic)) * jnp.sum(jnp.abs(jnp.mean(v, 1)), -1)
+
+
+def flowcut(
+    capacity: int, *, layers: int = 24, crops: int = 1, query: str = "cls", merge: int = 4, special: int = 1, variant: str = "paper"
+) -> Recipe:
+    """The paper's recipe that leaves `capacity` rows in all: of one picture in the tower (of `layers` layers); of `crops` (LLaVA-NeXT)
+    capacity // 2 each in the tower, then `capacity` before the decoder's layer 2; query="mean" (Qwen2-VL, whose merger joins `merge` rows
+    to one; special=0): 2 capacity merge in the tower, then `capacity`. Newline rows that a model adds stay, beside the capacity."""
+    check.count("capacity", capacity)
+    check.count("crops", crops)
+    check.count("merge", merge)
+    entering = 2 * capacity if query == "mean" else capacity if crops == 1 else max(capacity // 2, 1) * crops
+    tower = schedule(entering * merge if query == "mean" else entering // crops, layers, query, special, variant)
+    inside = ((2, FlowCutLayers(capacity=capacity, images=entering)),) if entering > capacity else ()
+    return Recipe(vit=tower, layers=inside)

@@ -1,4 +1,4 @@
-"""VFlowOpt, encoder stage. Source: arXiv:2508.05211; sihany077/VFlowOpt (siglip_encoder.py, llava_qwen_training_free.py), CC BY-NC: written
+"""VFlowOpt: behind the vision encoder and between the decoder's layers. Source: arXiv:2508.05211; sihany077/VFlowOpt (siglip_encoder.py, llava_qwen_training_free.py), CC BY-NC: written
 from the formulas."""
 
 import dataclasses
@@ -8,12 +8,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxtok.core import check
+from jaxtok.core import budget, check
 from jaxtok.core.matching import merge_plan
+from jaxtok.core.recipe import Recipe
 from jaxtok.core.registry import register
 from jaxtok.core.score import softmax
 from jaxtok.core.select import choose
 from jaxtok.core.selector import Selector, pictured
+from jaxtok.core.stages import StagedPruner, schedule
 from jaxtok.core.types import Evidence, Needs, Plan, Tokens
 
 
@@ -96,6 +98,10 @@ class VFlowOptSelect(Selector):
             return seen
         return seen + self.alpha_v * softmax(check.given("detail", detail), free)
 
+    def mark(self, params, state, tokens: Tokens, evidence: Evidence):
+        """The map, for the stages between the decoder's layers."""
+        return jnp.where(pictured(tokens), jax.lax.stop_gradient(self.score(params, tokens, evidence)), 1.0)
+
     def place(self, tokens: Tokens):
         """Number of the cell that each row lies in."""
         group, (high, wide, far, away) = self.group(tokens), self.cells
@@ -139,3 +145,51 @@ def official_top(rows: int, ratio: float, m: float) -> int:
     check.count("rows", rows)
     check.share("ratio", ratio)
     return rows - int(rows * (1 - ratio)) - int(rows / m**2)
+
+
+@register(
+    "vflowopt.layers",
+    site="layers",
+    paper="arXiv:2508.05211",
+    title="VFlowOpt: A Token Pruning Framework for LMMs with Visual Information Flow-Guided Optimization",
+    authors="Sihan Yang and Runsen Xu and Chenhang Cui and Tai Wang and Dahua Lin and Jiangmiao Pang",
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VFlowOptLayers(StagedPruner):
+    """Between the decoder's layers, keep the image rows of largest map: the one that was made of the tower's attention before.
+
+        score_j = map_j of VFlowOptSelect (`Tokens.score`, which goes with the rows; a recycled cell has that of its largest row)
+
+    No attention of the decoder is read. Rows keep their rotary ids. Newlines (map 1.0 in the official code, kind SPECIAL here) are never
+    dropped and not counted in `capacity`. ValueError while tracing where no earlier site has made a map. Ties: the older row. The paper's
+    schedule: `vflowopt`.
+    """
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(score=True)
+
+    def score(self, params, state, tokens: Tokens, evidence: Evidence):
+        return check.given("score", tokens.score)
+
+
+def vflowopt(rows: int = 729, newlines: int = 0, *, vit_ratio: float = 0.117, ratios=(1.0, 0.6), places=(9, 18), **tower) -> Recipe:
+    """The paper's recipe for a picture of `rows` rows (all crops) and `newlines` SPECIAL ones, as shipped: vit_ratio of them go on to the
+    decoder (and a row for each cell of the others), ratios[i] of what comes to places[i] stays there, rounded down, newlines counted.
+
+    tower: t, m, alpha_v, shape, grid of VFlowOptSelect. That ratios are of what comes to their place is our reading. A cell that is left
+    with nothing makes no row, so fewer may come.
+    """
+    if len(ratios) != len(places):
+        raise ValueError(f"ratios={ratios} and places={places} must be equally many")
+    select = VFlowOptSelect(capacity=rows, special=newlines, **tower)
+    high, wide, far, away = select.cells
+    top = max(official_top(rows + newlines, vit_ratio, select.m) - newlines, 0)
+    images = left = min(top + high * wide + far * away, rows)
+    stages = []
+    for place, ratio in zip(places, ratios, strict=True):
+        stay = max(budget.floored(ratio, left + newlines) - newlines, 0)
+        stages += [(place, stay)] if stay < left else []
+        left = stay
+    later = schedule(VFlowOptLayers(capacity=left, images=images, stages=tuple(stages))) if stages else ()
+    return Recipe(select=dataclasses.replace(select, capacity=images), layers=later)

@@ -1,4 +1,4 @@
-"""FlowCut's part in the encoder against its formulas, the official outputs and its limits."""
+"""FlowCut's parts in the encoder and in the decoder against its formulas, the official outputs and its limits."""
 
 import functools
 from typing import Any
@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.types import Evidence
-from jaxtok.methods import FlowCutVit
-from jaxtok.methods.vision.flowcut import schedule
+from jaxtok.core.types import IMAGE, Evidence
+from jaxtok.methods import FlowCutLayers, FlowCutVit
+from jaxtok.methods.vision.flowcut import flowcut, schedule
 from jaxtok.models import encoder, vit
 from jaxtok.models.config import EncoderConfig
 from tests.methods.golden import cases
+from tests.methods.vision import places
 from tests.methods.vision.toyrows import normal, rows
 
 small = {
     "flowcut.vit": lambda n: FlowCutVit(capacity=n, last=1),
     "flowcut.vit:mean": lambda n: FlowCutVit(capacity=n, query="mean", last=1),
+    "flowcut.layers": lambda n: FlowCutLayers(capacity=n, images=16),
 }
 
 
@@ -164,3 +166,64 @@ def test_bad_input():
     for bad in ({"capacity": 0}, {"capacity": 2, "query": "all"}, {"capacity": 2, "variant": "mine"}, {"capacity": 2, "last": 0}):
         with pytest.raises(ValueError):
             FlowCutVit(**bad)
+
+
+# --- between the decoder's layers -----------------------------------------------------------------------------------------
+
+
+def flow(q, k, v, image):
+    """The score of the image rows of one sequence: q [h d] of the last row, k and v [h n d]."""
+    c, s = np.zeros(len(image)), np.zeros(len(image))
+    for h in range(len(q)):
+        c += softmax(k[h, image] @ q[h] * q.shape[-1] ** -0.5) / len(q)
+        s += softmax(v[h, image] @ v[h, -1] * q.shape[-1] ** -0.5) / len(q)
+    return (c / c.sum() + s / s.sum()) * np.abs(v.mean(0)[image]).sum(-1)
+
+
+def of_last(q, k):
+    """The attention row [b h 1 n] of queries [b h d] that see every key [b h n d]."""
+    return softmax(np.einsum("bhd,bhnd->bhn", q, k) * q.shape[-1] ** -0.5)[:, :, None].astype(np.float32)
+
+
+def test_inside_the_decoder():
+    """Two sequences, four query heads on two KV heads, rows of text on both sides."""
+    q, k, v = normal(1, 2, 4, 4), normal(2, 2, 2, 9, 4), normal(3, 2, 2, 9, 4)
+    tokens = rows(normal(4, 2, 9, 3), special=0)
+    tokens = tokens._replace(kind=jnp.asarray([[0, 0, *[IMAGE] * 5, 0, 0]] * 2, jnp.int8))
+    method, wide = FlowCutLayers(capacity=2, images=5), [np.repeat(x, 2, 1) for x in (k, v)]
+    evidence = Evidence(rows=jnp.asarray(of_last(q, wide[0])), values=jnp.asarray(v))
+    score, plan = places.planned(method, tokens, evidence)
+    for i in range(2):
+        want = flow(q[i].astype(np.float64), wide[0][i].astype(np.float64), wide[1][i].astype(np.float64), range(2, 7))
+        np.testing.assert_allclose(score[i, 2:7], want, atol=1e-5)
+        assert plan.index[i].tolist() == [0, 1, *sorted(2 + np.argsort(-want)[:2]), 7, 8]
+
+
+def test_official_inside_the_decoder(data):
+    """What stands behind the last row of the instruction is no part of the prompt here."""
+    for case in cases(data, "flowcut_llm"):
+        n, first, many = int(case["last_instruct_pos"]), int(case["visual_start"]), int(case["visual_num"])
+        q, k, v = (case[name][:, :, :n] for name in ("q", "k", "v"))
+        b, capacity = len(q), int(case["target_num"])
+        tokens = rows(np.ones((b, n, 2)), special=0)
+        kind = np.where((np.arange(n) >= first) & (np.arange(n) < first + many), IMAGE, 0).astype(np.int8)
+        tokens = tokens._replace(kind=jnp.broadcast_to(jnp.asarray(kind), (b, n)))
+        k, v = (np.repeat(x, q.shape[1] // x.shape[1], 1) for x in (k, v))
+        evidence = Evidence(rows=jnp.asarray(of_last(q[:, :, -1], k)), values=jnp.asarray(v))
+        method = FlowCutLayers(capacity=capacity, images=many)
+        score, plan = places.planned(method, tokens, evidence)
+        np.testing.assert_allclose(score[:, first : first + many], case["score"], atol=1e-5)
+        for i in range(b):
+            kept = np.asarray([j for j in plan.index[i].tolist() if j >= 0 and kind[j] == IMAGE]) - first
+            np.testing.assert_array_equal(kept, np.asarray(case["keep_sorted"]).reshape(b, -1)[i])
+
+
+def test_the_papers_recipes():
+    """LLaVA-1.5: all in the tower. Five crops: 64 each, then 128 in all. Qwen2-VL: 1024 single patches, 256 rows, 128."""
+    one, five, qwen = flowcut(128), flowcut(128, crops=5), flowcut(128, query="mean", layers=32, special=0)
+    assert one.layers == () and one.vit[0][1].capacity == 128 and [k for k, _ in one.vit] == list(range(1, 23))
+    assert [(r.vit[0][1].capacity, r.layers[0][0], r.layers[0][1].images, r.layers[0][1].capacity) for r in (five, qwen)] == [
+        (64, 2, 320, 128),
+        (1024, 2, 256, 128),
+    ]
+    assert five.layers[0][1].positions == "repack"
