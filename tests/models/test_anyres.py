@@ -112,12 +112,19 @@ def test_logits_equal_transformers(name):
 @pytest.mark.parametrize("name", list(make_llava_next.CASES))
 def test_logits_equal_transformers_live(name, tmp_path):
     pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    make_llava_next.write(name, tmp_path, 7, np.array([[[50, 50], [9, 100]], [[100, 9], [23, 25]]], np.int32))
+    transformers = pytest.importorskip("transformers")
+    sizes = np.array([[[50, 50], [9, 100]], [[100, 9], [23, 25]]], np.int32)
+    make_llava_next.write(name, tmp_path, 7, sizes)
     cfg, params, _ = load.load_vlm(tmp_path, dtype=jnp.float32)
-    off = error(cfg, params, dict(np.load(tmp_path / "case.npz")))
+    case = dict(np.load(tmp_path / "case.npz"))
+    off = error(cfg, params, case)
     print(f"{name}: max |difference| {off:.1e}")
     assert off <= 1e-4
+    load.save(tmp_path / "saved", cfg, params)
+    theirs = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "saved", attn_implementation="eager").float().eval()
+    off = np.abs(make_llava_next.case(theirs, 7, sizes)["logits"] - case["logits"]).max()
+    print(f"{name}, saved here, read there: max |difference| {off:.1e}")
+    assert off <= 1e-5
 
 
 def test_as_many_placeholders_as_transformers():
@@ -160,6 +167,15 @@ def test_published_configuration():
             hf_vlm.config_from_hf(raw | {"image_grid_pinpoints": wrong})
     with pytest.raises(ValueError, match="a picture in crops has no place for class rows"):
         hf_vlm.config_from_hf(raw | {"vision_feature_select_strategy": "full"})
+
+
+@pytest.mark.parametrize("name", list(make_llava_next.CASES))
+def test_saved_and_read_again(name, tmp_path):
+    cfg, params, _ = model(name)
+    load.save(tmp_path, cfg, params)
+    again, other, _ = load.load_vlm(tmp_path)
+    assert again == cfg
+    jax.tree.map(np.testing.assert_array_equal, params, other)
 
 
 def test_new_names_of_tensors(tmp_path):
@@ -274,14 +290,15 @@ def test_the_thumbnail_stands_as_the_method_says():
 
 
 def test_class_rows_may_stay():
-    """Those of the sub-images that are there, each at the first row of its own."""
+    """Those of the sub-images that are there, rows of the picture each at the first place of its own."""
     cfg, _, case = model()
     few, whole = done("visionzip"), done("plain")
     for b in range(2):
-        parts = sum(len({row[0] for row in by_hand(size)} - {-1}) for size in case["sizes"][b])
-        assert (few.kind[b] == SPECIAL).sum() == (whole.kind[b] == SPECIAL).sum() + parts and few.lost[b] == 0
-        alive = few.pos[b, few.pos[b] >= 0]
-        assert (np.diff(alive) > 0).all() and (few.pos[b] >= 0).sum() == (few.kind[b, few.pos[b] >= 0] <= SPECIAL).sum()
+        parts = [sorted({row[0] for row in by_hand(size)} - {-1}) for size in case["sizes"][b]]
+        alive = np.flatnonzero(few.pos[b] >= 0)
+        rows = [j for j in alive if few.kind[b, j] in (IMAGE, CROP) and few.cell[b, j, 0] < 0]
+        assert few.segment[b, rows].tolist() == [p for picture in parts for p in picture] and few.lost[b] == 0
+        assert (few.kind[b] == SPECIAL).sum() == (whole.kind[b] == SPECIAL).sum() and (np.diff(few.pos[b, alive]) > 0).all()
 
 
 def test_a_full_budget_is_the_plain_model():
