@@ -140,7 +140,7 @@ class Recipe:
             raise ValueError("keys stored unrotated are placed by order; a pruner that repacks positions would be undone")
         if raw and self.reader is not None and not self.reader.raw:
             raise ValueError(f"{self.reader.name} reads rotated keys, but {self.policy.name} stores them unrotated")  # type: ignore[union-attr]
-        if cfg.mrope and (raw or (self.cache is not None and self.cache.rotates)):
+        if (raw or (self.cache is not None and self.cache.rotates)) and cfg.mrope:
             raise ValueError(
                 "keys are placed anew by one rotary id, but a picture's rows have three here (mrope); use methods that leave them in place"
             )

@@ -99,8 +99,8 @@ def config_to_hf(cfg: QwenVlConfig) -> dict[str, Any]:
     """The config.json of `cfg`; ValueError where it cannot say so."""
     v = cfg.vision
     text = hf.config_to_hf(dataclasses.replace(cfg.text, mrope=(), family="qwen2"))
-    text = {k: t for k, t in text.items() if k not in ("architectures", "head_dim")} | {"model_type": "qwen2_5_vl_text"}
-    rope: dict[str, Any] = text.pop("rope_scaling", None) or {"rope_type": "default", "rope_theta": cfg.text.rope_theta}
+    rope: dict[str, Any] = text.get("rope_scaling") or {"rope_type": "default", "rope_theta": cfg.text.rope_theta}
+    text = {k: t for k, t in text.items() if k not in ("architectures", "head_dim", "rope_scaling")} | {"model_type": "qwen2_5_vl_text"}
     text["rope_parameters"] = rope | {"mrope_section": list(cfg.text.mrope)}
     start, end = cfg.ends or (_TOKENS["vision_start_token_id"], _TOKENS["vision_end_token_id"])
     out = {

@@ -17,7 +17,7 @@ class Cfg:
     """As much of a model's configuration as a recipe looks at."""
 
     def __init__(self, layers=4, window=None):
-        self.layers, self.window = layers, window
+        self.layers, self.window, self.mrope = layers, window, ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -138,7 +138,7 @@ def _units(vision: Any, columns: dict[int, list[np.ndarray]], grid: Any) -> np.n
     from transformers.vision_utils import get_vision_window_index
 
     order, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-    return np.stack([np.concatenate(each).reshape(-1, 4).mean(1)[np.argsort(order)] for each in columns.values()])
+    return np.stack([np.concatenate(each).reshape(-1, 4).mean(1)[np.argsort(order.numpy())] for each in columns.values()])
 
 
 def write(name: str, folder: pathlib.Path, seed: int) -> None:
