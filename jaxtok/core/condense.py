@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.core import check
 from jaxtok.core.matching import cosine
 from jaxtok.core.reduce import gather
-from jaxtok.core.select import choose
+from jaxtok.core.select import choose, pack
 from jaxtok.core.selector import Selector, pictured
 from jaxtok.core.types import DensePlan, Evidence, Needs, Tokens
 
@@ -20,17 +20,18 @@ def stand(
     """The plan of `rows` rows, those of `stays` and of `made`, each the sum of weight[., row, j] * row j.
 
     The made ones stand behind all others up to the last `free` row, before what follows it (a prompt's text); `inside`: at their own place.
-    What `rows` has no room for goes, the first ones first.
+    Where `rows` has no room for all, image rows go first, the oldest first, and are counted.
     """
     check.count("rows", rows, 0)
     n = free.shape[1]
     row = jnp.arange(n, dtype=jnp.int32)[None]
     last = jnp.max(jnp.where(free, row, -1), -1, keepdims=True)
     place = row if inside else jnp.where(made, n + row, jnp.where(row > last, 2 * n + row, row))
-    rank = jnp.where(stays | made, place, -1)
+    fits = pack(stays | made, rows, jnp.where(free, 0.0, jnp.inf))
+    rank = jnp.where(fits.assign >= 0, place, -1)
     order = jnp.argsort(rank, axis=-1, stable=True).astype(jnp.int32)[:, n - min(rows, n) :]
     index = jnp.where(jnp.take_along_axis(rank, order, 1) >= 0, order, -1)
-    return DensePlan(gather(weight, index), index)
+    return DensePlan(gather(weight, index), index, lost=fits.lost)
 
 
 def condense(
@@ -80,14 +81,14 @@ def density_peaks(
     """
     n, y = x.shape[1], jnp.where(live[..., None], jax.lax.stop_gradient(x).astype(jnp.float32), 0.0)
     apart = jax.lax.map(lambda r: jnp.sum((y - r[:, None]) ** 2, -1), jnp.swapaxes(y, 0, 1))  # row by row: no [b n n c]
-    apart = jnp.minimum(jnp.swapaxes(apart, 0, 1) / max(x.shape[-1], 1), 1e37)
+    apart = jnp.minimum(jnp.swapaxes(apart, 0, 1) / max(x.shape[-1], 1), 1e35)
     pair = live[:, :, None] & live[:, None]
     near = jnp.sort(jnp.where(pair, apart, jnp.inf), -1)
     few = jnp.minimum(count, jnp.sum(live, -1, dtype=jnp.int32))[:, None, None]
-    among = jnp.arange(n, dtype=jnp.int32) < few
-    density = jnp.exp(-jnp.sum(jnp.where(among & (near < jnp.inf), near, 0.0), -1) / jnp.maximum(few[..., 0], 1))
+    among = jnp.arange(n, dtype=jnp.int32)[None, None] < few
+    density = jnp.exp(-jnp.sum(jnp.where(among & (near < jnp.inf), near, 0.0), -1) / jnp.maximum(few[..., 0], 1).astype(jnp.float32))
     row = jnp.arange(n, dtype=jnp.int32)
-    denser = (density[:, None] > density[:, :, None]) | ((density[:, None] == density[:, :, None]) & (row[None] < row[:, None]))
+    denser = (density[:, None] > density[:, :, None]) | ((density[:, None] == density[:, :, None]) & (row[None, None] < row[None, :, None]))
     d = jnp.sqrt(apart)
     most = jnp.max(jnp.where(pair, d, 0.0), (1, 2), keepdims=True)
     delta = jnp.min(jnp.where(pair & denser, d, most), -1) if n else density

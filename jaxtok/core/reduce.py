@@ -129,7 +129,7 @@ def reduce(plan: Plan | DensePlan, tokens: Tokens, positions: str = "keep") -> T
         source=jnp.where(tokens.source < 0, -1, where),
         seen=tokens.seen,
         delta=delta,
-        lost=tokens.lost + (plan.lost if isinstance(plan, Plan) else 0),
+        lost=tokens.lost if plan.lost is None else tokens.lost + plan.lost,
         score=None if tokens.score is None else gather(tokens.score, index),
     )
 
@@ -138,7 +138,7 @@ def reduce_kv(plan: Plan | DensePlan, kv: KV, count: bool = True) -> KV:
     """Apply a plan [b g m] to a cache. `count=False` (EMS, CAM): a merged slot keeps the bias of the slot that names it."""
     index = representative(plan)
     pos = jnp.where(index >= 0, gather(kv.pos, index), -1)
-    lost = kv.lost + (plan.lost if isinstance(plan, Plan) else 0)
+    lost = kv.lost if plan.lost is None else kv.lost + plan.lost
     if not count or (isinstance(plan, Plan) and plan.weight is None):
         bias = gather(kv.bias, index)
     else:

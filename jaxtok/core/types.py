@@ -48,6 +48,7 @@ class DensePlan(NamedTuple):
     w: jax.Array  # f32 [*B m n], rows sum to 1 (an empty row sums to 0)
     index: jax.Array | None = None  # i32 [*B m], all different; -1 = empty row
     assign: jax.Array | None = None  # i32 [*B n] the group that row j counts in, -1 = dropped; None = that of its largest weight
+    lost: jax.Array | None = None  # i32 [*B] rows that were chosen and found no room; None = none
 
 
 class KV(NamedTuple):

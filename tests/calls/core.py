@@ -18,6 +18,7 @@ from jaxtok.core import (
     planner,
     plugins,
     protocols,
+    pruner,
     reader,
     recipe,
     reduce,
@@ -472,3 +473,14 @@ def _(s):
         return {"tokens": v.tokens(), "room": np.clip(v.keep(s.b), 0, s.n).astype(np.int32)} | of_row
 
     return Case(condense.condense, arrays, {"contextual": s.one(2, 0, 5), "rows": s.m})
+
+
+@case("core.condense.stand")
+def _(s):
+    masks = lambda v: {name: v.mask(s.b, s.n) for name in ("stays", "made", "free")}
+    return Case(condense.stand, lambda v: {"weight": v.floats(s.b, s.n, s.n)} | masks(v), {"rows": s.m, "inside": s.one(False, True)})
+
+
+_group = lambda v, s: {"x": v.rows(s.b, s.n, s.d), "live": v.mask(s.b, s.n), "count": v.keep(s.b)}
+case("core.condense.density_peaks")(lambda s: Case(condense.density_peaks, lambda v: _group(v, s)))
+case("core.pruner.questions")(lambda s: Case(pruner.questions, lambda v: {"tokens": v.tokens(), "evidence": v.evidence()}))

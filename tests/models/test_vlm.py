@@ -11,7 +11,7 @@ import pytest
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.types import IMAGE, TEXT
 from jaxtok.decode import generate
-from jaxtok.methods import DivPrune, FasterVLM, SnapKV, ToMe
+from jaxtok.methods import DivPrune, FasterVLM, SnapKV, ToMe, VisionDropSelect
 from jaxtok.models import decoder, load, vlm
 from jaxtok.models.vlm import VlmConfig
 from tests.golden import make_vlm
@@ -131,6 +131,14 @@ def test_a_prompt_with_fewer_pictures(llava):
     short = embed(cfg, params, pixels, one, live, Recipe(select=FasterVLM(capacity=4)))
     assert short.lost.tolist() == [5, 1], "what finds no room is counted"
     np.testing.assert_array_equal(np.where(np.asarray(a.pos)[..., None] >= 0, a.x, 0), np.where(np.asarray(b.pos)[..., None] >= 0, b.x, 0))
+
+
+def test_a_class_row_that_is_read_is_a_row_of_the_picture(llava):
+    cfg, params, pixels, ids, live = llava
+    tokens = embed(cfg, params, pixels, ids, live, Recipe(select=VisionDropSelect(capacity=4, contextual=1)))
+    assert set(np.asarray(tokens.kind)[np.asarray(tokens.pos) >= 0].tolist()) == {TEXT, IMAGE}
+    pictures = (np.asarray(ids) == cfg.image_token).sum(1) // cfg.patches
+    assert ((np.asarray(tokens.kind) == IMAGE) & (np.asarray(tokens.pos) >= 0)).sum(1).tolist() == (5 * pictures).tolist()
 
 
 def test_placeholders_of_no_whole_picture_are_counted(llava):

@@ -74,11 +74,20 @@ class SparseVLM(Pruner):
         if self.scale is not None:
             check.between("scale", self.scale, 0, 1 if self.variant == "paper" else 1e6)
         check.between("bias", self.bias, -1e6, 1e6)
+        check.kind("stages", self.stages, tuple)
+        for stage in self.stages:
+            check.kind("stage", stage, tuple)
+            if len(stage) != 4:
+                raise ValueError(f"a stage is (layer, images, capacity, made), got {stage}")
+            for value in stage:
+                check.count("stage", value, 0)
 
     def layer(self, i: int, layers: int) -> "SparseVLM":
         if not self.stages:
             return self
-        here = {k: rest for k, *rest in self.stages}.get(i, [self.images, self.images, 0])
+        here = {k: rest for k, *rest in self.stages}.get(i)
+        if here is None:
+            return dataclasses.replace(self, capacity=self.images, made=0, scale=None, stages=())
         return dataclasses.replace(self, images=here[0], capacity=here[1], made=here[2], stages=())
 
     @property
@@ -133,7 +142,7 @@ class SparseVLM(Pruner):
         joins = jax.vmap(lambda i, j: jnp.zeros((n + 1, n), jnp.float32).at[i, j].set(1.0)[:n])(into, order)
         joins = joins if self.variant == "paper" else joins / jnp.maximum(jnp.sum(joins, -1, keepdims=True), 1.0)
         made = jax.vmap(lambda i, at: jnp.zeros((n,), bool).at[i].set(at))(order, centre)
-        w = joins + jnp.broadcast_to(jnp.eye(n, dtype=jnp.float32)[None], (b, n, n)) * (fixed | kept)[..., None]
+        w = joins + jnp.where((fixed | kept)[..., None], jnp.eye(n, dtype=jnp.float32)[None], 0.0)
         return state, stand(w, fixed | kept, made, free, rows, self.positions != "repack")
 
 

@@ -39,7 +39,10 @@ def peaks(x, count):
     """Density peaks, one row after another -> (centres, the centre of each row)."""
     d = np.sqrt(((x[:, None] - x[None]) ** 2).sum(-1) / x.shape[1])
     density = np.array([np.exp(-np.mean(np.sort(row)[:count] ** 2)) for row in d])
-    delta = np.array([min([d[i, j] for j in range(len(x)) if density[j] > density[i]], default=d.max()) for i in range(len(x))])
+    above = lambda i: [
+        d[i, j] for j in range(len(x)) if (density[j], -j) > (density[i], -i)
+    ]  # mutual nearest rows tie: the older is denser
+    delta = np.array([min(above(i), default=d.max()) for i in range(len(x))])
     centres = np.sort(np.argsort(-density * delta, kind="stable")[:count])
     return centres, np.array([i if i in centres else centres[np.argmin(d[i, centres])] for i in range(len(x))])
 

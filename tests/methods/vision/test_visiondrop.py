@@ -100,6 +100,14 @@ def test_a_stage_by_hand():
     assert reduce(plan, tokens).x[0, :, 0].tolist() == [0, 1 + (3 + 5) / 2, 2, 4, 6]
 
 
+def test_more_text_than_there_is_room_for_takes_the_place_of_image_rows_and_is_counted():
+    """Told of 4 image rows, given 2 and more text: of the 7 rows 5 are left, the text and no image."""
+    tokens, method = pictured(7, 2), VisionDropLayers(capacity=2, images=4, contextual=1)
+    evidence = Evidence(looked=jnp.ones((1, 1, 7)), keys=jnp.ones((1, 1, 7, 2)))
+    out = reduce(method.plan({}, Held(), tokens, evidence)[1], tokens)
+    assert out.source.tolist() == [[0, -1, -1, 1, 2, 3, 4]] and out.lost.tolist() == [2]
+
+
 def stage(dominant, contextual):
     def choose(x, image, before, own, keys):
         where = np.flatnonzero(image)
