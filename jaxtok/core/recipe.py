@@ -33,6 +33,7 @@ class Recipe:
     evidence: of layer K).
     `heads`: how many KV heads each head group of each layer has, in the order of the weights (`models.blocks.reorder_heads` makes a
     group contiguous); each group then has caches of its own size. A group may be empty.
+    `edits`: what a decoder spares image rows that stay, one edit at most.
     """
 
     prompt: protocols.PromptMethod | None = None

@@ -197,8 +197,8 @@ def shorten(make):
 
 def shrink(make):
     def build(s):
-        s = s._replace(h=s.g)
         method = make(min(max(s.m, LEAST), 16)).layer(s.i % 3, 3)
+        s = s._replace(h=s.g, n=max(s.n, getattr(method, "images", 0)))  # a pruner is told how many rows of pictures come
 
         def fn(tokens, evidence, keep=None):
             own = method.init_params(jax.random.key(0), dataclasses.replace(CFG, width=s.d))
