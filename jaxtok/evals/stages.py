@@ -200,11 +200,14 @@ def _places(cls: Any, sizes: Sizes) -> tuple[int, ...]:
     if cls.site == "select":
         return (0,)
     names, module = {f.name for f in dataclasses.fields(cls)}, sys.modules[cls.__module__]
-    several = "remove" in names or _carries(cls) or hasattr(module, "schedule")
+    several = "remove" in names or _carries(cls) or any(hasattr(module, name) for name in ("schedule", cls.name.partition(".")[0]))
     deep = sizes.tower if cls.site == "vit" else sizes.layers
-    return tuple(
-        sorted({min(max(deep * i // 4, 1), max(deep - 1, 0)) for i in ((1, 2, 3) if several and "restore" not in names else (1,))})
-    )
+    places = tuple(sorted({min(max(deep * i // 4, 1), max(deep - 1, 0)) for i in (1, 2, 3)}))
+    if not several or "restore" in names:
+        return places[:1]
+    while "stages" in names and len(places) > 1 and _probe(cls, places, sizes) is None:  # it takes fewer
+        places = places[:-1]
+    return places
 
 
 def fields(cls: Any, *, before: int, after: int, places: tuple[int, ...], sizes: Sizes, whole: bool = False) -> dict[str, Any]:
@@ -217,7 +220,8 @@ def fields(cls: Any, *, before: int, after: int, places: tuple[int, ...], sizes:
     (rows, cols), known = sizes.grid, {f.name: f for f in dataclasses.fields(cls)}
     high = max(1, min(rows, round((after * rows / cols) ** 0.5)))
     coarse = (high, max(1, min(cols, after // high)))
-    default = lambda name: known[name].default
+    defaults: dict[str, Any] = {name: f.default for name, f in known.items()}
+    default = lambda name: defaults[name]
     # what a method needs to be told, or takes as optional
     told: dict[str, Any] = {
         "capacity": after, "remove": -(-(before - after) // (len(places) if whole else 1)), "images": before, "k": max(1, round(before / after)), "grid": sizes.grid, "out": coarse,

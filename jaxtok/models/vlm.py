@@ -188,9 +188,10 @@ def _seen(cfg: VlmConfig, params, images, ids, live, recipe: Recipe, keep, key, 
         order = jnp.argsort(found.tokens.pos, axis=-1, stable=True).astype(jnp.int32)
         plan = from_index(jnp.where(jnp.take_along_axis(found.tokens.pos, order, 1) >= 0, order, -1), order.shape[1])
         one = lambda e: move(plan, e)
-        needs = None if recipe.select is None else recipe.select.needs
-        asked = needs is not None and needs != type(needs)()  # else it may be about rows that were brought back since
-        found = vit.Encoded(reduce(plan, found.tokens), (jax.vmap(one) if needs.layers else one)(found.evidence) if asked else found.evidence)
+        evidence, needs = found.evidence, None if recipe.select is None else recipe.select.needs
+        if needs is not None and needs != type(needs)():  # what nobody asks for may be about rows that were brought back since
+            evidence = (jax.vmap(one) if needs.layers else one)(evidence)
+        found = vit.Encoded(reduce(plan, found.tokens), evidence)
     budget = None if keep is None or keep.get("select") is None else jnp.asarray(keep["select"])
     if budget is not None:
         budget = jnp.broadcast_to(budget if budget.ndim == 2 else budget.reshape(-1, 1), (b, pictures)).reshape(-1)
