@@ -155,7 +155,7 @@ def _ask(spec: str, sizes: Sizes) -> _Asked:
     if cls.site == "layers" and not sizes.layers:
         raise ValueError(f"{name.strip()} acts between a decoder's layers, and the model is an encoder; give a vision-language model")
     known = {f.name for f in dataclasses.fields(cls)}
-    own = {"places": None, "keep": None}
+    own: dict[str, str | None] = {"places": None, "keep": None}
     options = []
     for item in filter(None, map(str.strip, rest.split(","))):
         key, _, value = item.partition("=")
@@ -164,10 +164,10 @@ def _ask(spec: str, sizes: Sizes) -> _Asked:
         else:
             options.append(item)
     places = _places(cls, sizes)
-    if own["places"] is not None:
-        if cls.site == "select" or not all(p.strip().isdecimal() for p in own["places"].split("+")):
+    if (at := own["places"]) is not None:
+        if cls.site == "select" or not all(p.strip().isdecimal() for p in at.split("+")):
             raise ValueError(f"{spec!r}: places are layers, as in places=1+3, of methods between layers")
-        places = tuple(sorted({int(p) for p in own["places"].split("+")}))
+        places = tuple(sorted({int(p) for p in at.split("+")}))
     keep = None if own["keep"] is None else rows_of(registry.parse_budget(own["keep"]), sizes.patches)
     return _Asked(":".join([name.strip(), ",".join(options)]).rstrip(":"), cls, places, keep)
 
