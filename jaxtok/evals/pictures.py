@@ -91,11 +91,11 @@ def save(picture: UInt8[np.ndarray, "y x 3"], stage: Stage, number: int, of: int
 def _legend() -> list:
     from matplotlib.patches import Patch
 
-    merged = Patch(facecolor="0.6", edgecolor=colour(0) / 255, linewidth=1.4, label="merged: mean colour, a colour a group")
+    of = lambda x: "#" + "".join(f"{int(c):02x}" for c in x)
     return [
         Patch(facecolor="white", edgecolor="0.3", linewidth=0.6, label="kept"),
-        merged,
-        Patch(facecolor=VEIL / 255, label="dropped"),
+        Patch(facecolor="0.6", edgecolor=of(colour(0)), linewidth=1.4, label="merged: mean colour, a colour a group"),
+        Patch(facecolor=of(VEIL), label="dropped"),
     ]
 
 

@@ -155,7 +155,7 @@ def _ask(spec: str, sizes: Sizes) -> _Asked:
     if cls.site == "layers" and not sizes.layers:
         raise ValueError(f"{name.strip()} acts between a decoder's layers, and the model is an encoder; give a vision-language model")
     known = {f.name for f in dataclasses.fields(cls)}
-    own = {"places": None, "keep": None}
+    own: dict[str, str | None] = {"places": None, "keep": None}
     options = []
     for item in filter(None, map(str.strip, rest.split(","))):
         key, _, value = item.partition("=")
@@ -164,10 +164,10 @@ def _ask(spec: str, sizes: Sizes) -> _Asked:
         else:
             options.append(item)
     places = _places(cls, sizes)
-    if own["places"] is not None:
-        if cls.site == "select" or not all(p.strip().isdecimal() for p in own["places"].split("+")):
+    if (at := own["places"]) is not None:
+        if cls.site == "select" or not all(p.strip().isdecimal() for p in at.split("+")):
             raise ValueError(f"{spec!r}: places are layers, as in places=1+3, of methods between layers")
-        places = tuple(sorted({int(p) for p in own["places"].split("+")}))
+        places = tuple(sorted({int(p) for p in at.split("+")}))
     keep = None if own["keep"] is None else rows_of(registry.parse_budget(own["keep"]), sizes.patches)
     return _Asked(":".join([name.strip(), ",".join(options)]).rstrip(":"), cls, places, keep)
 
@@ -200,11 +200,14 @@ def _places(cls: Any, sizes: Sizes) -> tuple[int, ...]:
     if cls.site == "select":
         return (0,)
     names, module = {f.name for f in dataclasses.fields(cls)}, sys.modules[cls.__module__]
-    several = "remove" in names or _carries(cls) or hasattr(module, "schedule")
+    several = "remove" in names or _carries(cls) or any(hasattr(module, name) for name in ("schedule", cls.name.partition(".")[0]))
     deep = sizes.tower if cls.site == "vit" else sizes.layers
-    return tuple(
-        sorted({min(max(deep * i // 4, 1), max(deep - 1, 0)) for i in ((1, 2, 3) if several and "restore" not in names else (1,))})
-    )
+    places = tuple(sorted({min(max(deep * i // 4, 1), max(deep - 1, 0)) for i in (1, 2, 3)}))
+    if not several or "restore" in names:
+        return places[:1]
+    while "stages" in names and len(places) > 1 and _probe(cls, places, sizes) is None:  # it takes fewer
+        places = places[:-1]
+    return places
 
 
 def fields(cls: Any, *, before: int, after: int, places: tuple[int, ...], sizes: Sizes, whole: bool = False) -> dict[str, Any]:
@@ -217,7 +220,8 @@ def fields(cls: Any, *, before: int, after: int, places: tuple[int, ...], sizes:
     (rows, cols), known = sizes.grid, {f.name: f for f in dataclasses.fields(cls)}
     high = max(1, min(rows, round((after * rows / cols) ** 0.5)))
     coarse = (high, max(1, min(cols, after // high)))
-    default = lambda name: known[name].default
+    defaults: dict[str, Any] = {name: f.default for name, f in known.items()}
+    default = lambda name: defaults[name]
     # what a method needs to be told, or takes as optional
     told: dict[str, Any] = {
         "capacity": after, "remove": -(-(before - after) // (len(places) if whole else 1)), "images": before, "k": max(1, round(before / after)), "grid": sizes.grid, "out": coarse,
