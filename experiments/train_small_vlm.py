@@ -70,10 +70,10 @@ STAGES = (
     Stage(steps=700, kind="views", least=VIEWS, patches=VIEW**2),
     Stage(steps=300, kind="tower", least=6),
     Stage(steps=1500, kind="tower", least=6, patches=72),
-    Stage(steps=3000, kind="whole", least=4, patches=72, dense=0.5),
-    Stage(steps=400, kind="whole", least=4, dense=0.3),
+    Stage(steps=2400, kind="whole", least=4, patches=72, dense=0.5),
+    Stage(steps=300, kind="whole", least=4, dense=0.3),
 )
-FALL = 1000  # updates at the end in which the rate falls
+FALL = 1500  # updates at the end in which the rate falls
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def evaluate(args: Args) -> dict[str, Any]:
     out |= {"place": interval(hits[~b.relation]), "relation": interval(hits[b.relation])}
     out["by number of digits"] = {str(k): interval(hits[number == k]) for k in range(4, 10)}
     for kind in ("no question", "another question", "no picture", "another picture"):
-        out[kind] = interval(digits.right(cfg, params, blind(b, kind)))
+        out[kind] = interval(digits.right(cfg, params, blind(digits.Batch(*(x[:1000] for x in b)), kind)))
     out["priors"] = priors(digits.load("train"), b)
     out["digits of training"] = interval(digits.right(cfg, params, digits.batch(digits.load("train"), 8, min(args.count, 1000))))
     out["bytes"] = sum(f.stat().st_size for f in args.model.iterdir())

@@ -382,7 +382,7 @@ def table(o: Options, found: dict[str, Any]) -> str:
         for r in [*here, full]:
             ms = f"{r['ms']:.1f}" if "ms" in r else "-"
             lines.append(
-                f"| {r['method']} | {r['site']} | {100 * r['accuracy']:.1f} | {100 * r['pm']:.1f} | {100 * r['accuracy'] / full['accuracy']:.0f} "
+                f"| {r['method']} | {r['site']} | {100 * r['accuracy']:.1f} | {100 * r['pm']:.1f} | {100 * r['accuracy'] / max(full['accuracy'], 1e-9):.0f} "
                 f"| {100 * r['place']:.1f} | {100 * r['relation']:.1f} | {r['enter']:.1f} | {r['mean']:.1f} | {r['end']:.1f} "
                 f"| {100 * r['needed_start']:.0f} / {100 * r['needed_end']:.0f} | {r['flops'] / 1e6:.1f} | {100 * r['flops'] / full['flops']:.0f}% | {ms} |"
             )

@@ -118,6 +118,21 @@ def test_by_hand():
     assert digits.beside(moved)[0, 0].tolist() == [-2, -1]
 
 
+def test_the_examples_are_there_with_their_answers():
+    examples = digits.examples()
+    assert len(examples) == 2
+    for e in examples:
+        assert e.pixels.shape == (SIDE, SIDE) and 0 <= e.pixels.min() < 0.1 and e.pixels.max() > 0.9
+        assert len(e.asked) >= 6 and all(digits.encode(q) and a in "0123456789" for q, a in e.asked)
+        assert "by-sa/3.0" in (e.path.parent / "README.md").read_text()
+
+
+def test_who_does_not_know_the_question_has_two_answers_to_choose_from(batch):
+    canvases = digits.Canvases(batch.images[:, 0, :, :, 0], batch.label, batch.box)
+    for kinds, label in zip(digits.questions(canvases), batch.label, strict=True):
+        assert all(len({label[it] for *_, it in kind}) >= 2 for kind in kinds)
+
+
 def test_the_split_is_disjoint_and_whole(data):
     train, unseen = digits.load("train", data), digits.load("unseen", data)
     assert (len(train.label), len(unseen.label)) == (4000, 1000)

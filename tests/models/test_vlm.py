@@ -1,5 +1,6 @@
 """Vision-language models: transformers' logits, and what the sites between pictures and text leave."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -163,3 +164,17 @@ def test_refused(llava):
         vlm.embed(cfg, params, pixels, ids[:, :9])
     with pytest.raises(ValueError, match="until=4; the tower has 3 layers"):
         VlmConfig(vision=cfg.vision, text=cfg.text, until=4, image_token=0)
+
+
+def test_saved_and_loaded_again(golden, tmp_path):
+    cfg, params, _ = golden
+    load.save(tmp_path, cfg, params)
+    back, again, _ = load.load_vlm(tmp_path)
+    assert back == cfg and jax.tree.structure(again) == jax.tree.structure(params)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True))
+
+
+def test_what_its_family_cannot_express_is_not_saved(llava, tmp_path):
+    cfg, params = llava[:2]
+    with pytest.raises(ValueError, match="cannot express"):
+        load.save(tmp_path, dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, layer_scale=True)), params)
