@@ -85,7 +85,9 @@ def config_to_hf(cfg: VlmConfig) -> dict[str, Any]:
     return raw
 
 
-SAVED: Home = dict.fromkeys(("model.language_model.embed_tokens.weight", "model.vision_tower.vision_model."))  # how new checkpoints name tensors
+SAVED: Home = dict.fromkeys(
+    ("model.language_model.embed_tokens.weight", "model.vision_tower.vision_model.")
+)  # how new checkpoints name tensors
 
 
 def table(cfg: VlmConfig, home: Home) -> Table:
