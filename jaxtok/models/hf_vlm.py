@@ -74,7 +74,7 @@ def config_to_hf(cfg: VlmConfig) -> dict[str, Any]:
     vision, text = hf_encoders.config_to_hf(cfg.vision)[0], hf.config_to_hf(cfg.text)
     raw = {
         "architectures": [_CLASSES[cfg.family]], "model_type": cfg.family, "projector_hidden_act": next(k for k, v in _ACTS.items() if v == cfg.act),
-        "vision_feature_layer": cfg.until - cfg.vision.layers - 1, "vision_feature_select_strategy": "full" if cfg.cls else "default",
+        "vision_feature_layer": cfg.until - cfg.vision.layers - 1, "vision_feature_select_strategy": "full" if cfg.cls or not cfg.vision.cls else "default",
         "image_token_index": cfg.image_token, "image_seq_length": cfg.patches, "tie_word_embeddings": cfg.text.tied,
         "vision_config": {k: v for k, v in vision.items() if k != "architectures"}, "text_config": text,
     }  # fmt: skip
