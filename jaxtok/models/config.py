@@ -20,7 +20,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A decoder-only transformer: Llama 2/3, Mistral, Qwen2, Qwen3, Gemma2, Gemma3 (text), Phi3.
+    """A decoder-only transformer: Llama 2/3, Mistral, Qwen2, Qwen3, Gemma2, Gemma3 (text), Phi3; that of Qwen2.5-VL.
 
     Shape letters: c = width, h = heads, g = kv_heads, d = head_dim, f = hidden (MLP), l = layers.
     Hashable, so it is a static argument of every model function.
