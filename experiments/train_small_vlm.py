@@ -1,10 +1,12 @@
 """Train the small vision-language model that ships inside the package (jaxtok/models/embedded_vlm).
 
-Claim: a LLaVA of 1.4M parameters (tower, projector, GQA decoder) learns on one CPU core in about an hour to answer questions about the places
+Claim: a LLaVA of 1.3M parameters (tower, projector, GQA decoder) learns on one CPU core in about an hour to answer questions about the places
     of handwritten digits that it was never trained on.
 Command: JAXTOK_DATA=... python experiments/train_small_vlm.py
          JAXTOK_DATA=... python experiments/train_small_vlm.py --evaluate   (the tables of results/small_vlm/eval.json)
     with XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" for one core.
+Hardware and time: one core of a 2.6 GHz Xeon, shared with other work, 71 minutes.
+Expected: 98.5% of 1,000 prompts about digits never trained on; 22% without the question, 12% without the picture.
 Killed and started again, it goes on from its last checkpoint (results/small_vlm/checkpoints, not committed).
 
 Stage 0 trains the tower on views of 4 x 4 patches around a digit, with their places in the canvas: what covers each patch, and of the class row
@@ -279,7 +281,7 @@ class Args:
     export: bool = False  # write the model of the newest checkpoint, wherever the training stands
     seed: int = 0
     rate: float = 1.2e-3  # peak learning rate
-    count: int = 2000  # prompts of --evaluate
+    count: int = 1000  # prompts of --evaluate
     out: pathlib.Path = ROOT / "experiments" / "results" / "small_vlm"
     model: pathlib.Path = ROOT / "jaxtok" / "models" / "embedded_vlm"
 

@@ -159,11 +159,8 @@ def test_the_shipped_model_answers_about_digits_it_never_saw(data):
     assert tokenizer.encode("<s> user: picture" + "<image>" * cfg.patches + "which digit is right of the 7 ? assistant:") == digits.prompt(
         "which digit is right of the 7 ?"
     )
-    assert digits.right(cfg, params, b, size=64).mean() >= ACCURACY
+    assert digits.right(cfg, params, b, size=64).mean() >= 0.95
 
 
 def test_the_shipped_model_is_small():
     assert sum(f.stat().st_size for f in MODEL.iterdir()) <= 8e6
-
-
-ACCURACY = 0.9
