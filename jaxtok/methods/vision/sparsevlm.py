@@ -50,7 +50,7 @@ class SparseVLM(Pruner):
 
         floor(scale * rank + bias)   "official"     n - floor(scale * (n - rank))   "paper"
 
-    stay, so how many do is data under the cap. More raters than the last `asks` rows are not heard. Where all rows find room nothing
+    stay, so how many do is data under the cap. Raters before the last `asks` rows are not heard. Where all rows find room nothing
     happens. Order: text, kept rows, made ones, text behind; numbered anew. `stages` ((K, images, capacity, made), ...): those of one instance
     at its places; at any other place it drops nothing, and its first one (`sparsevlm`: layer 0, whose rows are the embeddings) picks the
     raters. Our reading: r_i >= mean (the code: >), no 1 / sqrt(c) in the softmax, the sum of the paper, ties of density (the code adds noise).
