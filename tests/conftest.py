@@ -4,9 +4,15 @@ import collections
 import os
 import pathlib
 import re
+from importlib import metadata
 
-# Tests compile far more than they compute: skip the expensive passes of the CPU compiler. Set XLA_FLAGS to override.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# Tests compile far more than they compute: skip the expensive passes of the CPU compiler (the last two flags: from jaxlib 0.11 on refused).
+# Set XLA_FLAGS to override.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" * metadata.version("jaxlib").startswith("0.10."),
+)
 
 import jax
 import pytest

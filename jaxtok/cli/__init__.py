@@ -1,4 +1,4 @@
-"""The command line: `jaxtok list`, `jaxtok generate`, `jaxtok compare` (also `python -m jaxtok`).
+"""The command line: `jaxtok list`, `jaxtok generate`, `jaxtok compare`, `jaxtok show` (also `python -m jaxtok`).
 
 What a user can get wrong (a method, a budget, a path, a checkpoint, an option) is one line on stderr and exit code 2; an interrupt is 130;
 141, without a word, when what reads the output stops reading.
@@ -16,11 +16,13 @@ import tyro
 from jaxtok.cli.compare import Compare
 from jaxtok.cli.generate import Generate
 from jaxtok.cli.listing import List
+from jaxtok.cli.show import Show
 
 Command = (
     Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
 )
 
 

@@ -220,10 +220,3 @@ class PromptMethod(Method):
         in each layer of the draft, with the rows of the `look` tokens that it goes on with after them.
         """
         raise NotImplementedError(f"{type(self).__name__} must say which tokens stay")
-
-
-class LayerEdit(Method):
-    """Site edits: masks on heads, keys, channels or whole layers."""
-
-    def edit(self, params, cfg) -> dict[str, Array]:
-        raise NotImplementedError(f"{type(self).__name__} must return masks")

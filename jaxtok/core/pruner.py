@@ -11,8 +11,15 @@ from jaxtok.core.protocols import Held
 from jaxtok.core.reduce import POSITIONS
 from jaxtok.core.reducer import Reducer
 from jaxtok.core.select import choose, pack
-from jaxtok.core.selector import pictured, room
+from jaxtok.core.selector import asking, pictured, room
 from jaxtok.core.types import Evidence, Plan, Tokens
+
+
+def questions(tokens: Tokens, evidence: Evidence) -> tuple[Float[Array, "b w n"], Bool[Array, "b w"]]:
+    """(attention of the last w rows, mean over heads, 0 where a row is no live text behind the image; which rows are such text)."""
+    rows = jax.lax.stop_gradient(check.given("rows", evidence.rows))
+    asks = asking(tokens)[:, -rows.shape[2] :]
+    return jnp.where(asks[..., None], jnp.mean(rows, 1), 0.0), asks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxtok.core import protocols
+from jaxtok.core.edit import LayerEdit
 from jaxtok.core.reader import Reader
 from jaxtok.core.reducer import Reducer
 from jaxtok.core.types import Needs
@@ -20,7 +21,7 @@ _KIND = {
     "cache": protocols.CacheCompressor,
     "policy": protocols.CachePolicy,
     "reader": Reader,
-    "edits": protocols.LayerEdit,
+    "edits": LayerEdit,
 }
 
 
@@ -32,6 +33,7 @@ class Recipe:
     evidence: of layer K).
     `heads`: how many KV heads each head group of each layer has, in the order of the weights (`models.blocks.reorder_heads` makes a
     group contiguous); each group then has caches of its own size. A group may be empty.
+    `edits`: what a decoder spares image rows that stay, one edit at most.
     """
 
     prompt: protocols.PromptMethod | None = None
@@ -44,7 +46,7 @@ class Recipe:
     policy: protocols.CachePolicy | None = None
     reader: Reader | None = None
     heads: tuple[tuple[int, ...], ...] = ()
-    edits: tuple[protocols.LayerEdit, ...] = ()
+    edits: tuple[LayerEdit, ...] = ()
 
     def __post_init__(self):
         for field, kind in _KIND.items():
@@ -125,9 +127,11 @@ class Recipe:
             if method.trim is not None and (self.cache or self.policy or self.reader or self.heads):
                 raise ValueError(f"{method.name} trims the caches after the prefill itself; use it without cache, policy, reader and heads")
         self._validate_heads(cfg)
-        for site in ("sparsify", "attention", "edits"):
+        for site in ("sparsify", "attention"):
             if getattr(self, site):
                 raise ValueError(f"the decoder does not take a method at site {site!r} yet")
+        for edit in self.edits:
+            edit.validate(self, cfg)
         raw = (self.policy is not None and self.policy.raw) or (self.reader is not None and self.reader.raw)
         if raw and self.cache is not None and (self.cache.rotates or self.cache.reads_rotated):
             raise ValueError(f"{self.cache.name} works on rotated keys, but they are stored unrotated here; use one or the other")
@@ -137,6 +141,10 @@ class Recipe:
             raise ValueError("keys stored unrotated are placed by order; a pruner that repacks positions would be undone")
         if raw and self.reader is not None and not self.reader.raw:
             raise ValueError(f"{self.reader.name} reads rotated keys, but {self.policy.name} stores them unrotated")  # type: ignore[union-attr]
+        if (raw or (self.cache is not None and self.cache.rotates)) and cfg.mrope:
+            raise ValueError(
+                "keys are placed anew by one rotary id, but a picture's rows have three here (mrope); use methods that leave them in place"
+            )
         if raw and cfg.window is not None:
             raise ValueError("compact positions and a sliding window contradict each other: distances inside the cache are not the text's")
         if self.policy is not None and self.cache is not None and self.cache.rotates:

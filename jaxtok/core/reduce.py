@@ -41,7 +41,7 @@ def segment_sum(x: jax.Array, assign: Int[Array, "*B n"], m: int) -> jax.Array:
     batch, n = assign.shape[:-1], assign.shape[-1]
     rows = jnp.where(assign < 0, m, assign).reshape(math.prod(batch), n)
     flat = x.astype(jnp.float32).reshape((rows.shape[0], n, *x.shape[assign.ndim :]))
-    out = jax.vmap(lambda a, i: jnp.zeros((m + 1, *a.shape[1:]), jnp.float32).at[i].add(a)[:m])(flat, rows)
+    out = jax.vmap(lambda a, i: jnp.zeros((m, *a.shape[1:]), jnp.float32).at[i].add(a, mode="drop"))(flat, rows)
     return out.reshape((*batch, m, *x.shape[assign.ndim :]))
 
 
@@ -129,7 +129,7 @@ def reduce(plan: Plan | DensePlan, tokens: Tokens, positions: str = "keep") -> T
         source=jnp.where(tokens.source < 0, -1, where),
         seen=tokens.seen,
         delta=delta,
-        lost=tokens.lost + (plan.lost if isinstance(plan, Plan) else 0),
+        lost=tokens.lost if plan.lost is None else tokens.lost + plan.lost,
         score=None if tokens.score is None else gather(tokens.score, index),
     )
 
@@ -138,7 +138,7 @@ def reduce_kv(plan: Plan | DensePlan, kv: KV, count: bool = True) -> KV:
     """Apply a plan [b g m] to a cache. `count=False` (EMS, CAM): a merged slot keeps the bias of the slot that names it."""
     index = representative(plan)
     pos = jnp.where(index >= 0, gather(kv.pos, index), -1)
-    lost = kv.lost + (plan.lost if isinstance(plan, Plan) else 0)
+    lost = kv.lost if plan.lost is None else kv.lost + plan.lost
     if not count or (isinstance(plan, Plan) and plan.weight is None):
         bias = gather(kv.bias, index)
     else:

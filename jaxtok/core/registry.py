@@ -79,13 +79,16 @@ def get(name: str) -> type:
 BASE, STEP = "snapkv", "h2o"  # what a wrapper, and one of step policies, holds unless `base=` says otherwise
 
 
-def build(spec: str, capacity: int) -> Any:
+Fill = Callable[[type], dict[str, Any]]  # class -> what its fields are that a text leaves open
+
+
+def build(spec: str, capacity: int, fill: Fill | None = None) -> Any:
     """The method that a text names, for `capacity` slots: "snapkv", "snapkv:window=32,pool=7", "ada_kv:base=k_norm,alpha=0.3,sinks=4".
 
     Options are fields of the method, or of its `protect` (sinks, recent); those that a wrapper lacks go to its base, a second
     `base=` included. Entries of a tuple are joined by "+": "per_layer:weights=3+2+1". Methods in a tuple get every option that they know:
     "chain:methods=snapkv+think,window=16". A reader, which has no capacity, reads about `capacity` keys (`Reader.sized`), unless the field
-    that says so is given.
+    that says so is given. fill: what the fields are that the text leaves open, the capacity among them (None = `capacity` and the defaults).
 
     ValueError, one line: an unknown method or option (with the known ones), a value of another type, an option given twice or
     `capacity` among them, and what the method itself refuses.
@@ -97,7 +100,7 @@ def build(spec: str, capacity: int) -> Any:
         if not equals:
             raise ValueError(f"{spec!r}: {item!r} is not option=value")
         options.append((key.strip(), value.strip()))
-    method, left = _make(spec, name.strip(), options, capacity)
+    method, left = _make(spec, name.strip(), options, capacity, fill)
     if left:
         known = ", ".join(_known(get(name.strip())))
         raise ValueError(f"{spec!r}: no option {', '.join(k for k, _ in left)}; {name.strip()} has {known or 'none'}")
@@ -119,7 +122,7 @@ def _fields(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
 
 
-def _make(spec: str, name: str, options: list[tuple[str, str]], capacity: int) -> tuple[Any, list[tuple[str, str]]]:
+def _make(spec: str, name: str, options: list[tuple[str, str]], capacity: int, fill: Fill | None) -> tuple[Any, list[tuple[str, str]]]:
     """The method, and the options that neither it nor its base knows."""
     cls = get(name)
     fields, given, left = _fields(cls), {}, []
@@ -141,14 +144,16 @@ def _make(spec: str, name: str, options: list[tuple[str, str]], capacity: int) -
         given[guard] = Protect(**given[guard])
     if "base" in fields:
         inner = given.get("base", BASE if issubclass(get(BASE), fields["base"]) else STEP)
-        given["base"], left = _make(spec, inner, left, capacity)
+        given["base"], left = _make(spec, inner, left, capacity, fill)
         if not isinstance(given["base"], fields["base"]):
             raise ValueError(f"{spec!r}: {name} needs a {fields['base'].__name__} as its base, which {inner} is not")
     if "methods" in given:
         inner = {n.strip(): _known(get(n.strip())) for n in given["methods"].split("+")}
-        given["methods"] = tuple(_make(spec, n, [o for o in left if o[0] in known], capacity)[0] for n, known in inner.items())
+        given["methods"] = tuple(_make(spec, n, [o for o in left if o[0] in known], capacity, fill)[0] for n, known in inner.items())
         left = [o for o in left if not any(o[0] in known for known in inner.values())]
-    if "capacity" in fields:
+    if fill is not None:
+        given = fill(cls) | given
+    elif "capacity" in fields:
         given["capacity"] = capacity
     elif hasattr(cls, "sized"):
         given = cls.sized(capacity, given) | given

@@ -112,3 +112,37 @@ class Selector(Reducer):
         stays = rank >= 0
         rank = jnp.where(stays, jnp.argsort(jnp.argsort(jnp.where(stays, rank, -1), axis=-1, stable=True), axis=-1).astype(jnp.int32), -1)
         return state, merge_plan(rank, jnp.where(stays, row, -1), None, self.count(n, n))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridSelector(Selector):
+    """A selector that minds where crops stand. grid: their rows and columns, crops = 1 + rows * columns.
+
+    grid=None with crops=1: one image. grid=None with crops=P: P sub-images at most, in a grid of each image's own, which the caller tells
+    (`Evidence.grid`); that wins over `grid`.
+    """
+
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.grid is not None:
+            check.kind("grid", self.grid, tuple)
+            if len(self.grid) != 2:
+                raise ValueError(f"grid={self.grid} must be (rows, columns) of crops")
+            for size in self.grid:
+                check.count("grid", size, 1, 1000)
+            parts = 1 + self.grid[0] * self.grid[1]
+            if self.crops not in (1, parts):
+                raise ValueError(f"grid={self.grid} makes {parts} sub-images, got crops={self.crops}; leave it out")
+            object.__setattr__(self, "crops", parts)
+        super().__post_init__()
+
+    def crop_grid(self, evidence: Evidence) -> Int[Array, "k 2"]:
+        """Rows and columns of crops; k = b where the caller told them of each image, else 1."""
+        if evidence.grid is not None:
+            return jnp.maximum(evidence.grid, 1)
+        if self.grid is None and self.crops > 1:
+            raise ValueError(
+                f"crops={self.crops} stand in a grid; give grid=(rows, columns), or tell {type(self).__name__} that of each image"
+            )
+        return jnp.asarray([self.grid or (1, 1)], jnp.int32)

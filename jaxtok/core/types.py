@@ -48,6 +48,7 @@ class DensePlan(NamedTuple):
     w: jax.Array  # f32 [*B m n], rows sum to 1 (an empty row sums to 0)
     index: jax.Array | None = None  # i32 [*B m], all different; -1 = empty row
     assign: jax.Array | None = None  # i32 [*B n] the group that row j counts in, -1 = dropped; None = that of its largest weight
+    lost: jax.Array | None = None  # i32 [*B] rows that were chosen and found no room; None = none
 
 
 class KV(NamedTuple):
@@ -69,6 +70,7 @@ class Frozen(NamedTuple):
 
     kv: KV  # k [b g s r] of r channels; b may be 1: shared by all sequences
     channels: jax.Array | None = None  # i32 [b g r] which channels of a query meet those of k; None = all
+    gate: jax.Array | None = None  # f32 [b h] factor of what each query head takes from these slots, after the softmax; None = 1
 
 
 class Part(NamedTuple):
@@ -133,6 +135,7 @@ class Evidence(NamedTuple):
     hidden: jax.Array | None = None  # [b n c] rows that enter the layer
     text: jax.Array | None = None  # [b c] site select: mean embedding of the text beside the image, in the space of the rows to choose from
     detail: jax.Array | None = None  # f32 [b n] site select: what the caller measured on each row's pixels (their entropy)
+    grid: jax.Array | None = None  # i32 [b 2] site select: rows and columns of each image's crops, where the caller knows; 0 = no crops
     weights: dict[str, jax.Array] | None = None  # the layer's parameters that were asked for by name
     freqs: jax.Array | None = None  # f32 [rotary_dim / 2] angle per unit of rotary id; always given by a rotary model
     layer: jax.Array | None = None  # i32 [] 0-based

@@ -154,8 +154,8 @@ def prefill_chunked(
     recipe.validate(cfg)
     if recipe.passes:
         raise ValueError(f"{recipe.passes[0]} needs more than one pass over the prompt; use {recipe.passes[1]}")
-    if recipe.layers:
-        raise ValueError("pruning between layers takes the whole prompt; prefill it at once")
+    if recipe.layers or recipe.edits:
+        raise ValueError("pruning between layers and edits take the whole prompt; prefill it at once")
     if recipe.reader is not None and recipe.reader.raw and not read and not (recipe.policy is not None and recipe.policy.raw):
         raise ValueError(f"{recipe.reader.name} wants keys stored unrotated from the first chunk on; prefill at once, or with read=True")
     packed = pack(jnp.ones(ids.shape, bool) if live is None else live)  # padding may stand anywhere, as for `embed`

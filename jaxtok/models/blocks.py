@@ -67,6 +67,13 @@ def rotate(
     return rotate_by(x, ids, frequencies(cfg, layer), axes)
 
 
+def axes(cfg: Config, rope: Int[Array, "b n a"]) -> tuple[int, ...] | None:
+    """Which rotary id each frequency follows; rows of text alone have one id for all of them."""
+    if rope.shape[-1] not in (1, 3 if cfg.mrope else 1):
+        raise ValueError(f"tokens have {rope.shape[-1]} rotary ids a row; a model with mrope={cfg.mrope} takes {3 if cfg.mrope else 1}")
+    return cfg.axes if rope.shape[-1] > 1 else None
+
+
 # --- the halves of a layer --------------------------------------------------------------------------------------------
 
 
@@ -99,12 +106,20 @@ def out_proj(cfg: Config, p: Params, x: Float[Array, "b n c"], o: Float[Array, "
     return x + (norm(y, p["attn_post_norm"], cfg.norm_eps, cfg.norm_offset) if cfg.sandwich else y)
 
 
+def channels(cfg: Config, p: Params, y: Float[Array, "b n c"], which: slice = slice(None)) -> Float[Array, "b n c"]:
+    """down(act(gate(y)) * up(y)) of normed rows y by some of the hidden channels; those of all channels add up to the MLP's."""
+    gate = y @ p["gate"][:, which]
+    gate = jax.nn.silu(gate) if cfg.act == "silu" else jax.nn.gelu(gate, approximate=True)
+    return (gate * (y @ p["up"][:, which])) @ p["down"][which]
+
+
 def mlp(cfg: Config, p: Params, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
     """x + down(act(gate(y)) * up(y)), y = norm(x) (normed after, with cfg.sandwich)."""
-    y = norm(x, p["mlp_norm"], cfg.norm_eps, cfg.norm_offset)
-    gate = y @ p["gate"]
-    gate = jax.nn.silu(gate) if cfg.act == "silu" else jax.nn.gelu(gate, approximate=True)
-    y = (gate * (y @ p["up"])) @ p["down"]
+    return after_mlp(cfg, p, x, channels(cfg, p, normed(cfg, p, x, "mlp_norm")))
+
+
+def after_mlp(cfg: Config, p: Params, x: Float[Array, "b n c"], y: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+    """x + what the channels of the MLP make of it (normed, with cfg.sandwich)."""
     return x + (norm(y, p["mlp_post_norm"], cfg.norm_eps, cfg.norm_offset) if cfg.sandwich else y)
 
 
@@ -115,6 +130,13 @@ def embed(cfg: Config, params: Params, ids: Int[Array | np.ndarray, "b n"]) -> F
     """Token embeddings times embed_scale (rounded to their dtype, as Gemma does). Ids of dead rows may be anything in range."""
     x = params["embed"][ids]
     return x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, x.dtype)
+
+
+def mean_embedding(cfg: Config, params: Params, ids: Int[Array, "b n"], among: Bool[Array, "b n"]) -> Float[Array, "b c"]:
+    """The mean of the embeddings of the ids of `among`, float32; 0 where there are none."""
+    weight = among.astype(jnp.float32)
+    total = jnp.einsum("bnc,bn->bc", embed(cfg, params, ids).astype(jnp.float32), weight)
+    return total / jnp.maximum(jnp.sum(weight, -1, keepdims=True), 1.0)
 
 
 def logits(cfg: Config, params: Params, x: Float[Array, "b n c"]) -> Float[Array, "b n vocab"]:

@@ -121,7 +121,7 @@ def _attend_group(
     bias = jnp.broadcast_to((jnp.log(size) if proportional else jnp.zeros_like(size))[:, None], (b, g, n))
     if part is None:
         pos = tokens.pos
-        turned_q, turned_k = (rotate_by(x, tokens.rope, freqs) for x in (q, k))
+        turned_q, turned_k = (rotate_by(x, tokens.rope, freqs, blocks.axes(cfg, tokens.rope)) for x in (q, k))
         kv = KV(
             k=k if unturned else turned_k,
             v=v,
@@ -148,7 +148,7 @@ def _attend_group(
         past = offload.together(part.kv)
         pos = jnp.where(live, tokens.pos + past.seen[:, None], -1)
         shift = (past.seen + past.delta)[:, None, None]
-        turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs) for x in (q, k))
+        turned_q, turned_k = (rotate_by(x, tokens.rope + shift, freqs, blocks.axes(cfg, tokens.rope)) for x in (q, k))
         kv = append(grow_kv(past, past.k.shape[2] + n), k if unturned else turned_k, v, pos, bias)
         kv = kv._replace(seen=past.seen + tokens.seen, delta=past.delta + tokens.delta)
         if known is not None:  # the sentence that is open goes on
@@ -180,8 +180,8 @@ def _attend_group(
 def look_back(cfg: Config, p, i: int, tokens: Tokens, w: int, impl: str, proportional: bool = False) -> Float[Array, "b h w n"]:
     """Attention of the last w tokens over all of them, from the queries of these rows and the keys of all."""
     last, freqs = jax.tree.map(lambda x: x[:, -w:], (tokens.x, tokens.rope, tokens.pos)), jnp.asarray(blocks.frequencies(cfg, i))
-    q = rotate_by(blocks.qkv(cfg, p, last[0])[0], last[1], freqs)
-    k = rotate_by(blocks.qkv(cfg, p, tokens.x)[1], tokens.rope, freqs)
+    q = rotate_by(blocks.qkv(cfg, p, last[0])[0], last[1], freqs, blocks.axes(cfg, last[1]))
+    k = rotate_by(blocks.qkv(cfg, p, tokens.x)[1], tokens.rope, freqs, blocks.axes(cfg, tokens.rope))
     see = _sight(cfg, i, tokens, proportional) | {"q_pos": last[2]}
     return rows(q, k, attention(q, k, k, impl=impl, **see)[1], **see)
 
@@ -201,7 +201,7 @@ def foresee(cfg: Config, p, i: int, tokens: Tokens, needs: Needs, proportional: 
         raise ValueError("what a layer's blocks change is known when it has run; a method cannot ask for it ahead of the layer")
     q, k, v = blocks.qkv(cfg, p, tokens.x)
     length = jnp.linalg.norm(blocks.normed(cfg, p, tokens.x).astype(jnp.float32), axis=-1) if needs.unit else None
-    turned_q, turned_k = (rotate_by(x, tokens.rope, freqs) for x in (q, k))
+    turned_q, turned_k = (rotate_by(x, tokens.rope, freqs, blocks.axes(cfg, tokens.rope)) for x in (q, k))
     see = _sight(cfg, i, tokens, proportional)
     lse = attention(turned_q, turned_k, v, impl=impl, diagonal=0, **see)[1]
     seen = observe(needs, turned_q, turned_k, lse, see, 0, length, i, common["key"], tokens) | {
@@ -281,7 +281,7 @@ def attend_frozen(cfg: Config, frozen: Frozen, q: Float[Array, "b h t d"], see: 
     out, lse = attention(q, kv.k, kv.v, q_pos=q_pos, k_pos=kv.pos, bias=kv.bias, impl=impl, **rest)
     if shared:
         out, lse = (jnp.swapaxes(x.reshape(h, b, t, *x.shape[3:]), 0, 1) for x in (out, lse))
-    return out, lse
+    return out if frozen.gate is None else out * frozen.gate[:, :, None, None].astype(out.dtype), lse
 
 
 # --- after a prefill ----------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Config:
     rope_theta_local: float | None = None  # for the layers in `local` (Gemma3)
     rope_scaling: RopeScaling | None = None  # never applied to local layers
     rotary_dim: int | None = None  # rotated channels of a head; None = all
+    mrope: tuple[int, ...] = ()  # frequencies that follow a row's first, second, third rotary id (time, row, column); () = there is one id
     window: int | None = None  # a query sees keys with q_pos - k_pos < window, in `local` layers
     local: tuple[bool, ...] = ()  # which layers are local; () = none
     softcap: float | None = None  # of attention logits
@@ -64,6 +65,14 @@ class Config:
             raise ValueError("local layers need window")
         if self.act not in ("silu", "gelu_tanh"):
             raise ValueError(f"act={self.act!r}; supported: silu, gelu_tanh")
+        pairs = (self.head_dim if self.rotary_dim is None else self.rotary_dim) // 2
+        if self.mrope and (len(self.mrope) != 3 or min(self.mrope) < 0 or sum(self.mrope) != pairs):
+            raise ValueError(f"mrope={self.mrope} must share out the {pairs} frequencies of a head among three rotary axes")
+
+    @property
+    def axes(self) -> tuple[int, ...] | None:
+        """The rotary axis that each frequency follows; None = there is one axis."""
+        return tuple(axis for axis, n in enumerate(self.mrope) for _ in range(n)) or None
 
     def layer_window(self, layer: int) -> int | None:
         """The sliding window of 0-based `layer`, None for a global one."""
@@ -88,7 +97,7 @@ class EncoderConfig:
     heads: int
     hidden: int
     inner: int | None = None  # channels of all heads together; None = width
-    image: tuple[int, int] | None = (224, 224)  # height, width that the positions were learned for; None = a text tower
+    image: tuple[int, int] | None = (224, 224)  # height, width that the positions were learned for; None = a text tower, or `rope_theta`
     patch: tuple[int, int] = (16, 16)  # what an image leaves over at the right and the bottom is not seen
     antialias: bool = False  # of positions resampled to another size (DINOv2 with registers)
     channels: int = 3
@@ -113,11 +122,24 @@ class EncoderConfig:
     out_bias: bool = True
     bos: int | None = None
     eos: int | None = None  # where rows of ids end (CLIP); None = with the last live one, -1 = with the largest id (CLIP before 2023)
+    # towers of any picture size (Qwen2.5-VL)
+    rms: bool = False  # norms divide by the root mean square and have no bias
+    rope_theta: float | None = None  # no learned positions: half of a head's frequencies follow a patch's row, half its column
+    window: int | None = None  # patches a side of the windows that a layer attends within, unless it is one of `whole`
+    whole: tuple[int, ...] = ()  # 0-based layers
+    frames: int = 1  # pictures in a patch (a still one stands in all of them)
+    merge: int = 1  # what is behind the tower joins merge x merge patches to a row
 
     def __post_init__(self):
         if (self.inner or self.width) % self.heads:
             raise ValueError(f"width={self.width}, inner={self.inner}: what all heads share must be a multiple of heads={self.heads}")
-        if (self.image is None) == (self.vocab is None):
+        if self.rope_theta is not None and (self.image is not None or self.vocab is not None or self.prefix or self.head_dim % 4):
+            raise ValueError(
+                f"rope_theta={self.rope_theta}: a tower of any picture size has image=None, vocab=None, cls=False and head_dim={self.head_dim} a multiple of 4"
+            )
+        if self.window is not None and (self.rope_theta is None or self.window < 1 or self.window % self.merge):
+            raise ValueError(f"window={self.window} needs rope_theta and must be a multiple of merge={self.merge}")
+        if self.rope_theta is None and (self.image is None) == (self.vocab is None):
             raise ValueError(f"an encoder has an image size or a vocabulary, got image={self.image}, vocab={self.vocab}")
         if self.image is not None and (self.image[0] < self.patch[0] or self.image[1] < self.patch[1] or min(self.patch) < 1):
             raise ValueError(f"image={self.image} must have room for a patch of {self.patch}")

@@ -17,7 +17,7 @@ from jaxtok.core.reduce import gather
 from jaxtok.core.segments import sentences
 from jaxtok.core.select import pack
 from jaxtok.core.types import KV, Evidence, Needs, Part, Tokens
-from jaxtok.models import blocks, cached, steps
+from jaxtok.models import blocks, cached, edits, steps
 from jaxtok.models.config import Config
 from jaxtok.models.prune import Pruning
 
@@ -107,7 +107,7 @@ def prefill(
     `layers`: continue on these caches (the next chunk, the question after the context was compressed, the next turn): positions
     of `tokens` then count from 0 and are moved behind what the caches have seen; evidence covers this call's queries.
     `keep`: traced budgets by recipe field ("cache", "policy", or "layers": a sequence, one entry a pruner), i32 broadcastable
-    to [l b]; absent = the capacity.
+    to [l b]; absent = the capacity. With `recipe.edits` a call that continues takes all its rows for text.
     `key`: PRNG for methods that draw. `proportional`: log(size) is added to the attention logits of merged tokens.
 
     Returns the tokens after the last layer (row -1 is the last token; feed it to `logits`) and the caches.
@@ -123,6 +123,8 @@ def prefill(
         raise ValueError("inference takes params['layers'] as a tuple of one dict a layer; use models.blocks.unstack(params)")
     if layers is not None and recipe.layers:
         raise ValueError("pruning between layers takes a prefill of its own; continue with a recipe without `layers`")
+    if recipe.edits and layers is None:
+        return edits.prefill(cfg, params, tokens, recipe, new=new, proportional=proportional, impl=impl)
     pruning, evidence, out = Pruning(cfg, params, recipe, keep, proportional, key, impl), Evidence(), []
     for i, p in enumerate(params["layers"]):
         tokens = pruning.before(i, p, tokens, evidence)
@@ -198,6 +200,8 @@ def compress(
     `layers` come from `prefill(new=0)` with the plain recipe (or one that stores keys alike).
     """
     recipe.validate(cfg)
+    if recipe.edits:
+        raise ValueError(f"{recipe.edits[0].name} acts in the prefill itself; use decoder.prefill")
     _known(keep)
     found = [[(part.kv, seen) for part, seen in zip(*pair, strict=True)] for pair in zip(layers, evidence, strict=True)]
     return tuple(cached.settle(cfg, params, i, each, None, recipe, new, keep) for i, each in enumerate(found))

@@ -8,14 +8,15 @@ Parameters are one plain dict (weights [in, out], y = x @ w):
     a layer: norm1, q, k, v, o, norm2, up, down (and gate, scale1, scale2); each norm and each product may have a `<name>_bias`.
 """
 
-import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
+from jaxtok.core.rotary import rotate_by
 from jaxtok.core.score import change, moments
 from jaxtok.core.types import Evidence, Needs, Tokens
 from jaxtok.models import blocks
@@ -23,8 +24,12 @@ from jaxtok.models.cached import observe
 from jaxtok.models.config import EncoderConfig
 from jaxtok.ops.attention import attention
 
+FAR = 2**14  # more columns of windows than a picture has
+
 
 def norm(cfg: EncoderConfig, p, name: str, x: Array) -> Array:
+    if cfg.rms:
+        return blocks.norm(x, p[name], cfg.norm_eps)
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, -1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + cfg.norm_eps)
@@ -40,8 +45,10 @@ def linear(p, name: str, x: Array) -> Array:
 def act(kind: str, x: Array) -> Array:
     if kind == "quick_gelu":
         return x * jax.nn.sigmoid(1.702 * x)
-    named = {"gelu_tanh": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
-    return functools.partial(jax.nn.gelu, approximate=False)(x) if kind == "gelu" else named[kind](x)
+    if kind == "gelu":  # by erf, as PyTorch does: jax.nn.gelu's erfc costs the CPU twice as much
+        y = x.astype(jnp.float32)
+        return (0.5 * y * (1.0 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+    return {"gelu_tanh": jax.nn.gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}[kind](x)
 
 
 def heads(cfg: EncoderConfig, x: Array) -> Array:
@@ -53,28 +60,59 @@ def before(cfg: EncoderConfig, p, x: Array) -> Array:
     return x if cfg.post else norm(cfg, p, "norm1", x)
 
 
+def windows(cfg: EncoderConfig, tokens: Tokens) -> Array:
+    """i32 [b n]: the number of the window that each patch stands in, by rows of windows; -1 for dead rows."""
+    at = tokens.cell // (cfg.window or FAR)
+    return jnp.where(tokens.pos >= 0, at[..., 0] * FAR + at[..., 1], -1)
+
+
+def turned(cfg: EncoderConfig, tokens: Tokens, *heads: Array) -> tuple[Array, ...]:
+    """Queries or keys turned by the row and the column of their patch, where the tower has rotary positions."""
+    if cfg.rope_theta is None:
+        return heads
+    r = cfg.head_dim // 4
+    freq = np.tile(cfg.rope_theta ** (-np.arange(r) / r), 2).astype(np.float32)
+    return tuple(rotate_by(x, jnp.maximum(tokens.cell, 0), freq, (0,) * r + (1,) * r) for x in heads)
+
+
+def sight(cfg: EncoderConfig, i: int, tokens: Tokens) -> dict[str, Any]:
+    """Who sees whom in layer i: everyone, or those of the same window (whose number takes the place of the order)."""
+    if cfg.window is None or i in cfg.whole:
+        return dict(q_pos=tokens.pos, k_pos=tokens.pos, causal=cfg.causal)
+    at = windows(cfg, tokens)
+    return dict(q_pos=at, k_pos=at, causal=True, window=1)
+
+
 def attend(cfg: EncoderConfig, p, i: int, tokens: Tokens, needs: Needs, proportional: bool, key, impl: str, probs=None, normed=None):
-    """(attention block's output [b n c] before the residual sum, evidence). `probs` [b h n n]: attend by these."""
+    """(attention block's output [b n c] before the residual sum, evidence). `probs` [b h n n]: attend by these.
+
+    Evidence `cls` of a tower of any picture size, which has no class row: what a row receives of all live ones on average.
+    """
     y = before(cfg, p, tokens.x) if normed is None else normed
     q, k, v = (heads(cfg, linear(p, name, y)) for name in "qkv")
     live = tokens.pos >= 0
     size = jnp.where(live & (tokens.size > 0), tokens.size, 1.0)
     bias = jnp.broadcast_to(jnp.log(size)[:, None], k.shape[:3]) if proportional else None
-    see: dict[str, Any] = dict(q_pos=tokens.pos, k_pos=tokens.pos, bias=bias, causal=cfg.causal)
+    see: dict[str, Any] = sight(cfg, i, tokens) | {"bias": bias}
+    to_q, to_k = turned(cfg, tokens, q, k)
     if probs is not None:
         out, lse = jnp.einsum("bhqk,bhkd->bhqd", probs.astype(v.dtype), v), None
     else:
-        out, lse = attention(q, k, v, impl=impl, **see)
+        out, lse = attention(to_q, to_k, v, impl=impl, **see)
     block = linear(p, "o", out.transpose(0, 2, 1, 3).reshape(*y.shape[:2], -1))
     seen: dict[str, Any] = {"layer": jnp.full((), i, jnp.int32), "key": None if key is None else jax.random.fold_in(key, i)}
     if needs != Needs():
-        lse = attention(q, k, k[..., :1], impl=impl, **see)[1] if lse is None else lse
-        seen |= observe(needs, q, k, lse, see, tokens=tokens) | {
+        lse = attention(to_q, to_k, k[..., :1], impl=impl, **see)[1] if lse is None else lse
+        mean = needs.cls and cfg.rope_theta is not None
+        asked = needs._replace(cls=False, received=True) if mean else needs
+        seen |= observe(asked, to_q, to_k, lse, see, tokens=tokens) | {
             "keys": k if needs.keys else None,
             "values": v if needs.values else None,
             "hidden": tokens.x if needs.hidden else None,
             "weights": {name: p[name] for name in needs.weights} if needs.weights else None,
         }
+        if mean:
+            seen["cls"] = seen["received"] / jnp.maximum(jnp.sum(live, -1), 1).astype(jnp.float32)[:, None, None]
         if needs.queries is not None:
             seen["queries"] = moments(q, tokens.pos >= needs.queries)
         if needs.change:
@@ -100,18 +138,19 @@ def mlp(cfg: EncoderConfig, p, y: Array) -> Array:
 def shapes(cfg: EncoderConfig) -> dict[str, Any]:
     """Name -> shape of every array of `params`; layers as a tuple of dicts."""
     c, f = cfg.width, cfg.hidden
-    norm = lambda name: {name: (c,), name + "_bias": (c,)}
+    norm = lambda name: {name: (c,)} | ({} if cfg.rms else {name + "_bias": (c,)})
     product = lambda name, a, b, bias=True: {name: (a, b)} | ({name + "_bias": (b,)} if bias else {})
     mlp = (product("gate", c, f) if cfg.gated else {}) | product("up", c, f) | product("down", f, c)
     inner = cfg.inner or c
     qkvo = {k: s for name in "qkv" for k, s in product(name, c, inner, cfg.qkv_bias).items()} | product("o", inner, c)
     layer = norm("norm1") | qkvo | norm("norm2") | mlp | ({"scale1": (c,), "scale2": (c,)} if cfg.layer_scale else {})
     out: dict[str, Any] = {"layers": (layer,) * cfg.layers}
-    if cfg.image is None:
+    if cfg.vocab is not None:
         out |= {"embed": (cfg.vocab, c), "pos": (cfg.context, c)}
     else:
-        out |= product("patch", math.prod(cfg.patch) * cfg.channels, c, cfg.patch_bias)
-        out |= {"pos": (cfg.cls + cfg.distilled + math.prod(cfg.grid), c)} | ({"cls": (c,)} if cfg.cls else {})
+        out |= product("patch", math.prod(cfg.patch) * cfg.channels * cfg.frames, c, cfg.patch_bias)
+        out |= {"pos": (cfg.cls + cfg.distilled + math.prod(cfg.grid), c)} if cfg.rope_theta is None else {}
+        out |= {"cls": (c,)} if cfg.cls else {}
         out |= ({"dist": (c,)} if cfg.distilled else {}) | ({"registers": (cfg.registers, c)} if cfg.registers else {})
     out |= norm("stem_norm") if cfg.stem_norm else {}
     out |= norm("norm") if cfg.final_norm else {}

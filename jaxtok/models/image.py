@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,24 +68,19 @@ class Processor:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Processor":
         """That of a checkpoint's folder or hub id; ValueError, one line, for a missing file and for what is not supported."""
-        folder = find(path)
-        file = next((f for f in (folder / "preprocessor_config.json", folder / "processor_config.json") if f.is_file()), None)
-        if file is None:
-            raise ValueError(f"{folder} has no preprocessor_config.json; make a Processor(size=..., mean=..., std=...)")
-        raw = tensors.read_json(file)
+        file, raw = described(path)
         try:
-            return cls.of(Fields(raw, {}).object("image_processor") or raw)
+            return cls.of(raw)
         except ValueError as e:
             raise ValueError(f"{file}: {e}") from None
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "Processor":
         """That of a preprocessor_config.json, in the spellings of transformers 4 and 5."""
-        kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
-        for end in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor"):
-            kind = kind.removesuffix(end) if isinstance(kind, str) else kind
+        kind = family(raw)
         if kind not in PROCESSORS:
-            raise ValueError(f"image_processor_type {kind!r} is not supported; supported: {', '.join(PROCESSORS)}")
+            elsewhere = "; models.image_anyres.AnyresProcessor takes it" if kind == "LlavaNext" else ""
+            raise ValueError(f"image_processor_type {kind!r} is not supported; supported: {', '.join(PROCESSORS)}{elsewhere}")
         if raw.get("do_pad"):
             raise ValueError("do_pad is not supported; pad what comes out")
         r = Fields(raw, PROCESSORS[kind])
@@ -135,6 +131,19 @@ class Processor:
         return out
 
 
+def described(path: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any]]:
+    """(the file that describes a checkpoint's image processor, what it says); ValueError where there is none."""
+    folder = find(path)
+    file = next((f for f in (folder / "preprocessor_config.json", folder / "processor_config.json") if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"{folder} has no preprocessor_config.json; make a processor of your own: Processor(size=..., mean=..., std=...)")
+    raw = tensors.read_json(file)
+    try:
+        return file, Fields(raw, {}).object("image_processor") or raw
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from None
+
+
 def rgb(image: Image) -> PIL.Image.Image:
     """A picture in RGB; transparency is laid on white. TypeError for what is no picture, ValueError for other shapes and values."""
     if isinstance(image, np.ndarray):
@@ -150,6 +159,14 @@ def rgb(image: Image) -> PIL.Image.Image:
         white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
         return PIL.Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def family(raw: dict[str, Any]) -> Any:
+    """The kind of processor that a preprocessor_config.json names, without the endings of its spellings."""
+    kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
+    for end in ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor"):
+        kind = kind.removesuffix(end) if isinstance(kind, str) else kind
+    return kind
 
 
 def _from_array(x: np.ndarray) -> PIL.Image.Image:

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtok.models import blocks, encoder, hf, hf_encoders, hf_vlm, llama2c, tensors
+from jaxtok.models import blocks, encoder, hf, hf_encoders, hf_qwen_vl, hf_vlm, llama2c, qwen_vl, tensors, vlm
 from jaxtok.models.blocks import Params
 from jaxtok.models.config import Config, EncoderConfig
+from jaxtok.models.qwen_vl import QwenVlConfig
 from jaxtok.models.tensors import Path, Place, Progress
 from jaxtok.models.text import JsonTokenizer, ScoreTokenizer, Tokenizer
 from jaxtok.models.vlm import VlmConfig
@@ -31,7 +32,7 @@ _HUB_FILES = [
     "*processor_config.json",
     *_CHAT_FILES,
 ]
-EMBEDDED, DRAFT = "embedded", "embedded_draft"  # the models of the package
+EMBEDDED, DRAFT, EMBEDDED_VLM = "embedded", "embedded_draft", "embedded_vlm"  # the models of the package
 
 
 def load(
@@ -110,18 +111,24 @@ def load_vlm(
     dtype: Any = None,
     sharding: Placement | Mapping[str, Placement] | None = None,
     progress: Progress | None = None,
-) -> tuple[VlmConfig, Params, Tokenizer | None]:
-    """(cfg, params, tokenizer or None) of a vision-language model (LLaVA-1.5) for `models.vlm`; arguments and errors as in `load`."""
+) -> tuple[VlmConfig | QwenVlConfig, Params, Tokenizer | None]:
+    """(cfg, params, tokenizer or None) of a vision-language model; arguments and errors as in `load`.
+
+    LLaVA-1.5 and LLaVA-NeXT for `models.vlm`, Qwen2.5-VL (a `QwenVlConfig`) for `models.qwen_vl`. "embedded_vlm" is the small one of the
+    package, which reads the pictures of `jaxtok.evals.digits`.
+    """
     dtype, place = _floating(dtype), _placer(sharding)
     where = find(path)
     if not (where / "config.json").is_file():
         raise ValueError(f"{where} is no vision-language model's checkpoint: need a directory with config.json and safetensors")
     try:
-        cfg = hf_vlm.config_from_hf(tensors.read_json(where / "config.json"))
+        raw = tensors.read_json(where / "config.json")
+        family: Any = hf_qwen_vl if raw.get("model_type") in hf_qwen_vl.FAMILIES else hf_vlm
+        cfg = family.config_from_hf(raw)
         with tensors.opened(where) as home:
-            table = hf_vlm.table(cfg, home)
+            table = family.table(cfg, home)
             what = f"a {cfg.family} model of its config.json"
-            tensors.check(where, what, table, home, lambda name: hf_vlm.ignorable(name, cfg))
+            tensors.check(where, what, table, home, lambda name: family.ignorable(name, cfg))
             layers = {"layers": cfg.text.layers, "vision": cfg.vision.layers}
             params = tensors.read(table, home, layers, dtype, place, progress)
         return cfg, params, _hf_tokenizer(where, cfg.text)
@@ -156,12 +163,12 @@ def _floating(dtype: Any) -> Any:
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Where a checkpoint is: a local path, a model of the package for "embedded" or "embedded_draft", or the local snapshot of a hub id."""
+    """Where a checkpoint is: a local path, a model of the package ("embedded", "embedded_draft", "embedded_vlm"), or the local snapshot of a hub id."""
     where = pathlib.Path(os.path.expanduser(path))  # pathlib's raises for ~nobody
     if where.exists():
         return where
     name = os.fspath(path)
-    if name in (EMBEDDED, DRAFT):
+    if name in (EMBEDDED, DRAFT, EMBEDDED_VLM):
         where = pathlib.Path(__file__).parent / name
         if not (where / "config.json").is_file():
             raise ValueError(f"the model {name!r} of the package is not in this installation; name another checkpoint")
@@ -249,8 +256,11 @@ def _load_llama2c(path: pathlib.Path, dtype: Any, place: Any, progress: Progress
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-def save(path: str | os.PathLike[str], cfg: Config | EncoderConfig, params: Params, tokenizer: Tokenizer | None = None) -> None:
-    """Write a Hugging Face directory that `load` (of an encoder `load_encoder`) and transformers read: config.json, safetensors (in shards of 4 GiB), tokenizer.
+def save(
+    path: str | os.PathLike[str], cfg: Config | EncoderConfig | VlmConfig | QwenVlConfig, params: Params, tokenizer: Tokenizer | None = None
+) -> None:
+    """Write a Hugging Face directory that `load` (`load_encoder`, `load_vlm`) and transformers read: config.json, safetensors (in shards
+    of 4 GiB), tokenizer.
 
     params: layers as a tuple or stacked. Existing files of that name are replaced; a directory with other weights in it is a ValueError.
     """
@@ -265,6 +275,10 @@ def save(path: str | os.PathLike[str], cfg: Config | EncoderConfig, params: Para
     if isinstance(cfg, EncoderConfig):
         config, prefix = hf_encoders.config_to_hf(cfg)
         table, shapes, first = hf_encoders.table(cfg, prefix), encoder.shapes(cfg), "embed" if cfg.image is None else "patch"
+    elif isinstance(cfg, QwenVlConfig):
+        config, table, shapes, first = hf_qwen_vl.config_to_hf(cfg), hf_qwen_vl.table(cfg), qwen_vl.shapes(cfg), "embed"
+    elif isinstance(cfg, VlmConfig):
+        config, table, shapes, first = hf_vlm.config_to_hf(cfg), hf_vlm.table(cfg, hf_vlm.SAVED), vlm.shapes(cfg), "embed"
     else:
         config, table, shapes, first = hf.config_to_hf(cfg), hf.table(cfg), blocks.shapes(cfg), "embed"
     have, want = (_flat(tree) for tree in (jax.eval_shape(blocks.unstack, params), shapes))

@@ -52,7 +52,10 @@ class Pruning:
         self.states[named] = state
         row = representative(plan)
         self.states = {m: Held(jax.tree.map(lambda x: gather(x, row), s.slots), s.rest) for m, s in self.states.items()}
-        return reduce(plan, tokens, method.positions)
+        tokens = reduce(plan, tokens, method.positions)
+        if method.positions == "repack":  # rows see each other in the order in which they stand, merged ones too
+            tokens = tokens._replace(pos=jnp.sort(tokens.pos, axis=-1))
+        return tokens
 
     def _budget(self, index: int, tokens: Tokens) -> Array | None:
         if self.budgets is None or self.budgets[index] is None:

@@ -19,7 +19,7 @@ from jaxtok.core.reduce import assignment, gather, move, reduce, representative
 from jaxtok.core.reducer import Reducer
 from jaxtok.core.score import change
 from jaxtok.core.select import from_index
-from jaxtok.core.types import IMAGE, SPECIAL, TEXT, Evidence, Needs, Tokens
+from jaxtok.core.types import IMAGE, SPECIAL, TEXT, DensePlan, Evidence, Needs, Tokens
 from jaxtok.models import blocks, encoder
 from jaxtok.models.cached import whole
 from jaxtok.models.config import EncoderConfig
@@ -64,7 +64,7 @@ def embed(cfg: EncoderConfig, params, images: Float[Array, "b y x ch"]) -> Token
         body = jnp.concatenate([jnp.broadcast_to(lead[None], (b, *lead.shape)), body], 1)
     cell = np.concatenate([np.full((cfg.prefix, 2), -1), np.indices((rows, cols)).reshape(2, -1).T]).astype(np.int32)
     kind = np.where(cell[:, 0] < 0, SPECIAL, IMAGE).astype(np.int8)
-    return _stem(cfg, params, _tokens(body, jnp.ones(body.shape[:2], bool), kind, cell))
+    return _stem(cfg, params, _tokens(body, None, kind, cell))
 
 
 def embed_text(cfg: EncoderConfig, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None) -> Tokens:
@@ -84,10 +84,12 @@ def embed_text(cfg: EncoderConfig, params, ids: Int[Array, "b n"], live: Bool[Ar
     return _stem(cfg, params, _tokens(x, live, np.full((n,), TEXT, np.int8), np.full((n, 2), -1, np.int32)))
 
 
-def _tokens(x: Array, live: Array, kind: np.ndarray, cell: np.ndarray) -> Tokens:
-    b, n = live.shape
-    pos = blocks.positions(live)
+def _tokens(x: Array, live: Array | None, kind: np.ndarray, cell: np.ndarray) -> Tokens:
+    b, n = x.shape[:2]
     wide = lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (b, *a.shape))
+    # constant where all rows live: XLA then folds the masks of every layer, which took a tenth of a ViT-S's time
+    pos = wide(np.arange(n, dtype=np.int32)) if live is None else blocks.positions(live)
+    live = jnp.ones((b, n), bool) if live is None else live
     return Tokens(
         x=x,
         pos=pos,
@@ -132,6 +134,10 @@ class _Run:
         self.states[named] = state
         if not move_rows:
             return plan
+        if self.cfg.merge > 1 and (isinstance(plan, DensePlan) or plan.weight is not None):
+            raise ValueError(
+                f"{method.name} merges rows; this tower joins {self.cfg.merge} x {self.cfg.merge} patches itself: only drop some, or merge at site select"
+            )
         if method.restore is not None:
             self.open.append((min(method.restore, self.cfg.layers), index, method, own, tokens))
             n = tokens.pos.shape[1]
@@ -277,10 +283,12 @@ def select(
     keep: Int[Array, " b"] | None = None,
     text: Array | None = None,
     detail: Array | None = None,
+    grid: Int[Array, "b 2"] | None = None,
 ) -> Tokens:
     """What recipe.select leaves of the rows of an encoder (or of rows made of them, one for one); `keep`: traced budget of live rows.
 
-    text [b c], detail [b n]: what the caller tells a method that asks for it (see `Evidence`). ValueError where it is missing.
+    text [b c], detail [b n]: what the caller tells a method that asks for it (see `Evidence`). ValueError where it is missing. grid: of
+    each image's crops, for methods that would else take their own `grid`.
     """
     method, tokens = recipe.select, encoded.tokens
     if method is None:
@@ -290,7 +298,7 @@ def select(
     for name, given, shape in (("text", text, (tokens.x.shape[0], tokens.x.shape[2])), ("detail", detail, tokens.pos.shape)):
         if getattr(method.needs, name) and (given is None or given.shape != shape):
             raise ValueError(f"{method.name} needs {name}= of shape {shape}, got {None if given is None else given.shape}")
-    told = encoded.evidence._replace(text=text, detail=detail)
+    told = encoded.evidence._replace(text=text, detail=detail, grid=grid)
     state, plan = method.plan(own, method.start(own, tokens), tokens, told, budget)
     score = method.mark(own, state, tokens, told)
     return reduce(plan, tokens if score is None else tokens._replace(score=score), method.positions)

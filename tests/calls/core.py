@@ -15,8 +15,10 @@ from jaxtok.core import (
     diverse,
     heads,
     matching,
+    planner,
     plugins,
     protocols,
+    pruner,
     reader,
     recipe,
     reduce,
@@ -74,6 +76,49 @@ plain("core.heads.split")(lambda draw: (heads.split, (usually(draw, st.just(tabl
 plain("core.heads.best")(lambda draw: (heads.best, (usually(draw, st.just(table(draw, (float,)))), usually(draw, INTS)), {}))
 plain("core.heads.allot")(
     lambda draw: (heads.allot, (*(usually(draw, st.integers(1, 99)) for _ in range(3)), usually(draw, st.floats(0, 1))), {})
+)
+
+
+def schedule(draw):
+    """(what enters, places that mostly ascend with counts that mostly fall, layers)."""
+    layers = draw(st.integers(1, 12))
+    at = sorted(draw(st.sets(st.integers(0, layers - 1), max_size=3)))
+    left = sorted((draw(st.integers(0, 600)) for _ in range(len(at) + 1)), reverse=True)
+    stages = tuple(zip(at, left[1:], strict=True))
+    return usually(draw, st.just(left[0])), usually(draw, st.just(stages)), usually(draw, st.just(layers))
+
+
+plain("core.planner.counts")(lambda draw: (planner.counts, schedule(draw), {}))
+plain("core.planner.conventions")(lambda draw: (planner.conventions, schedule(draw), {}))
+
+
+def shape(draw):
+    entry, stages, layers = schedule(draw)
+    at = tuple(s[0] for s in stages) if isinstance(stages, tuple) and all(isinstance(s, tuple) for s in stages) else stages
+    return entry, at, layers, usually(draw, st.floats(0, 1)), usually(draw, st.sampled_from(planner.CONVENTIONS))
+
+
+@plain("core.planner.geometric")
+def _(draw):
+    entry, at, _, ratio, _ = shape(draw)
+    return planner.geometric, (entry, at, ratio), {}
+
+
+@plain("core.planner.decay")
+def _(draw):
+    entry, at, layers, _, by = shape(draw)
+    return planner.decay, (usually(draw, REALS),), {"entry": entry, "at": at, "layers": layers, "by": by}
+
+
+@plain("core.planner.fit")
+def _(draw):
+    entry, at, layers, ratio, by = shape(draw)
+    which = {"entry": entry} if draw(st.booleans()) else {"ratio": ratio}
+    return planner.fit, (usually(draw, REALS),), {"at": at, "layers": layers, "by": by} | which
+
+
+plain("core.planner.of_recipe")(
+    lambda draw: (planner.of_recipe, (usually(draw, st.just(recipe.Recipe())), CFG, usually(draw, st.integers(1, 600))), {})
 )
 
 
@@ -428,3 +473,14 @@ def _(s):
         return {"tokens": v.tokens(), "room": np.clip(v.keep(s.b), 0, s.n).astype(np.int32)} | of_row
 
     return Case(condense.condense, arrays, {"contextual": s.one(2, 0, 5), "rows": s.m})
+
+
+@case("core.condense.stand")
+def _(s):
+    masks = lambda v: {name: v.mask(s.b, s.n) for name in ("stays", "made", "free")}
+    return Case(condense.stand, lambda v: {"weight": v.floats(s.b, s.n, s.n)} | masks(v), {"rows": s.m, "inside": s.one(False, True)})
+
+
+_group = lambda v, s: {"x": v.rows(s.b, s.n, s.d), "live": v.mask(s.b, s.n), "count": v.keep(s.b)}
+case("core.condense.density_peaks")(lambda s: Case(condense.density_peaks, lambda v: _group(v, s)))
+case("core.pruner.questions")(lambda s: Case(pruner.questions, lambda v: {"tokens": v.tokens(), "evidence": v.evidence()}))

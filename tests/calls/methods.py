@@ -197,8 +197,8 @@ def shorten(make):
 
 def shrink(make):
     def build(s):
-        s = s._replace(h=s.g)
         method = make(min(max(s.m, LEAST), 16)).layer(s.i % 3, 3)
+        s = s._replace(h=s.g, n=max(s.n, getattr(method, "images", 0)))  # a pruner is told how many rows of pictures come
 
         def fn(tokens, evidence, keep=None):
             own = method.init_params(jax.random.key(0), dataclasses.replace(CFG, width=s.d))
@@ -223,8 +223,29 @@ def shrink(make):
     return build
 
 
+def edit(make):
+    def build(s):
+        method = make(max(s.m, LEAST))
+        cfg = dataclasses.replace(CFG, heads=s.h, kv_heads=s.g, head_dim=s.d)
+
+        def fn(heads):
+            own = {"heads": heads} if s.i % 2 else method.init_params(jax.random.key(0), cfg)
+            spared = [method.layer(own, i, cfg) for i in range(cfg.layers)]
+            return [(x.read, x.write) for x in spared]
+
+        return Case(fn, lambda v: {"heads": v.mask(cfg.layers, s.h)})
+
+    return build
+
+
 ROWS = {site: {"plan": shrink} for site in ("vit", "select", "layers")}
-USES = ROWS | {"prompt": {"run": shorten}, "cache": {"compress": compress}, "policy": {"fit": fit, "step": step}, "reader": {"read": read}}
+USES = ROWS | {
+    "edits": {"edit": edit},
+    "prompt": {"run": shorten},
+    "cache": {"compress": compress},
+    "policy": {"fit": fit, "step": step},
+    "reader": {"read": read},
+}
 
 for _name in registry.names():
     PLAIN[f"build {_name}"] = constructor(registry.get(_name))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.core.reader import Sight
-from jaxtok.ops import attention, cache, diagnostics, evidence, landmark, noise, offload, read
+from jaxtok.ops import attention, cache, diagnostics, evidence, landmark, near, noise, offload, read
 from tests.calls.cases import Case, case
 from tests.calls.values import Sizes, Values
 
@@ -260,3 +260,31 @@ def _(s):
 
 
 case("ops.read.take_kv")(lambda s: Case(read.take_kv, lambda v: {"kv": v.kv(packed=False), "slots": slots(s, v)}))
+
+
+def cells(s: Sizes, v: Values) -> dict[str, Any]:
+    return {"cell": v.ints(-1, 6, s.b, s.n, 2)}
+
+
+case("ops.near.pictures")(lambda s: Case(near.pictures, lambda v: cells(s, v) | {"apart": v.ints(0, 2, s.b, s.n, s.one(0, 1, 2))}))
+case("ops.near.neighbours")(
+    lambda s: Case(
+        near.neighbours,
+        lambda v: cells(s, v) | {"picture": v.ints(0, 3, s.b, s.n), "live": v.mask(s.b, s.n)},
+        {"reach": s.one(0, 1, 2, 40), "causal": s.i % 3 != 1},
+    )
+)
+
+
+@case("ops.near.attend_near")
+def _(s):
+    def fn(q, k, v, mask, index, bias=None, **how):
+        table = near.Near(index=index) if s.i % 2 else near.Near(mask=mask)
+        return near.attend_near(q, k, v, table, bias=bias, **how)
+
+    def arrays(v):
+        out = {"q": v.rows(s.b, s.h, s.n, s.d), "k": v.rows(s.b, s.g, s.n, s.d), "v": v.rows(s.b, s.g, s.n, s.d)}
+        out |= {"mask": v.mask(s.b, s.n, s.n), "index": v.ints(-1, s.n - 1, s.b, s.n, s.one(1, 3))}
+        return out | ({"bias": v.floats(s.b, s.n)} if s.i % 3 else {})
+
+    return Case(fn, arrays, {"softcap": s.one(None, 30.0), "scale": s.one(None, 1.0)}, infinite=True)

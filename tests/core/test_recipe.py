@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxtok.core import protocols
+from jaxtok.core.edit import LayerEdit
 from jaxtok.core.reader import Reader
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.reducer import Reducer
@@ -16,7 +17,7 @@ class Cfg:
     """As much of a model's configuration as a recipe looks at."""
 
     def __init__(self, layers=4, window=None):
-        self.layers, self.window = layers, window
+        self.layers, self.window, self.mrope = layers, window, ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +74,9 @@ class Read(Reader):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Edit(protocols.LayerEdit):
+class Edit(LayerEdit):
     name = "edit"
+    images: int = 4
 
 
 def refused(match, cfg=None, **sites):
@@ -100,8 +102,10 @@ def test_places_of_a_pruner():
     refused("acts at 'attn'; a decoder takes methods that act at 'block'", layers=((1, Prune(where="attn")),))
 
 
-def test_sites_that_a_decoder_does_not_take():
-    refused("site 'edits'", edits=(Edit(),))
+def test_an_edit_stands_alone():
+    Recipe(edits=(Edit(),)).validate(Cfg())
+    refused("edit keeps the keys of image rows apart .* without cache and reader", edits=(Edit(),), cache=Compress(), reader=Read())
+    refused("one edit at a time: edit, edit", edits=(Edit(), Edit(images=3)))
 
 
 def test_keys_stored_unrotated_and_who_cannot_live_with_them():

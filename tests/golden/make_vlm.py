@@ -39,11 +39,18 @@ CASES: dict[str, dict[str, Any]] = {
 
 def build(name: str, seed: int) -> Any:
     """A random transformers model, float32, eager attention."""
-    import torch
     import transformers
 
     config = transformers.LlavaConfig(image_token_index=IMAGE, **CASES[name])
-    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").float().eval()
+    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager")
+    return randomise(model, seed)
+
+
+def randomise(model: Any, seed: int) -> Any:
+    """The model in float32 with every parameter random, of values that bfloat16 holds."""
+    import torch
+
+    model = model.float().eval()
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, p in model.named_parameters():

@@ -298,6 +298,25 @@ def test_learned_weights_reach_their_method():
     assert got.x.shape[1] == 4
 
 
+def test_gelu():
+    """x Phi(x) by the error function, to float32; in bfloat16 the tail keeps its digits."""
+    x = jnp.linspace(-6.0, 6.0, 97)
+    want = [float(v) * 0.5 * math.erfc(-float(v) / math.sqrt(2)) for v in x]
+    np.testing.assert_allclose(encoder.act("gelu", x), want, atol=1e-6)
+    narrow = encoder.act("gelu", x.astype(jnp.bfloat16))
+    assert narrow.dtype == jnp.bfloat16
+    rounded = [float(v) * 0.5 * math.erfc(-float(v) / math.sqrt(2)) for v in x.astype(jnp.bfloat16)]
+    np.testing.assert_allclose(narrow.astype(jnp.float32), rounded, rtol=2**-8, atol=1e-6)
+
+
+def test_all_rows_of_an_image_stand_in_line():
+    """Class row and patches at 0, 1, 2, ...; each of size one, none dead."""
+    params, images = world()
+    tokens = jax.tree.map(np.asarray, vit.embed(CFG, params, images))
+    assert (tokens.pos == np.arange(ROWS)).all() and (tokens.size == 1).all() and (tokens.seen == ROWS).all()
+    assert tokens.pos.dtype == np.int32 and (tokens.rope[..., 0] == np.arange(ROWS)).all()
+
+
 def test_bf16():
     """Reduced at all four places."""
     recipe = Recipe(vit=((0, Pairs()), (0, Pairs(place="attn")), (1, Pairs(place="around")), (2, Pairs(place="ahead"))))

@@ -9,7 +9,7 @@ from jaxtok.core import check
 from jaxtok.core.reduce import segment_sum
 from jaxtok.core.registry import register
 from jaxtok.core.select import choose, choose_groups
-from jaxtok.core.selector import Selector
+from jaxtok.core.selector import GridSelector
 from jaxtok.core.types import Evidence, Needs, Tokens
 
 
@@ -22,7 +22,7 @@ from jaxtok.core.types import Evidence, Needs, Tokens
     "Siteng Huang and Honggang Chen",
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GlobalCom2(Selector):
+class GlobalCom2(GridSelector):
     """Let the thumbnail say how much of each crop is kept, and with the crop's own view say what.
 
         g_j = mean over heads of q_CLS . k_j / sqrt(d), before the softmax, in the layer behind the last that ran, each sub-image's own
@@ -35,27 +35,17 @@ class GlobalCom2(Selector):
     grid) cells of the thumbnail's side, the last takes the rest. The thumbnail stands by falling score (rank="official") or in raster
     order (rank="raster"); crops in raster order, newlines stay. Padding rows are dead, and the joined rows are those that live; the
     official code writes indices of the un-padded list to the padded grid, a bug that is not copied. grid=None: one image, its floor(R n)
-    best rows. Equal g everywhere: r_p = R. R=1: the identity up to the thumbnail's
-    order (ours: the formula lets crops below the mean go under 1). Where the floors leave more than `capacity` (crops of unequal size) the
-    last crops give way. Needs `cell`; evidence of joined crops has `lead` [b h crops d].
+    best rows, or with `crops` the grid that the caller tells of each image, of that many sub-images at most. Equal g everywhere: r_p = R.
+    R=1: the identity up to the thumbnail's order (ours: the formula lets crops below the mean go under 1). Where the floors leave more
+    than `capacity` (crops of unequal size) the last crops give way. Needs `cell`; evidence of joined crops has `lead` [b h crops d].
     """
 
-    grid: tuple[int, int] | None = None
     ratio: float | None = None
     temperature: float = 10.0
     side: int = 24
     rank: str = "official"
 
     def __post_init__(self):
-        if self.grid is not None:
-            check.kind("grid", self.grid, tuple)
-            if len(self.grid) != 2:
-                raise ValueError(f"grid={self.grid} must be (rows, columns) of crops")
-            for size in self.grid:
-                check.count("grid", size, 1, 1000)
-            object.__setattr__(self, "crops", 1 + self.grid[0] * self.grid[1])
-        elif self.crops != 1:
-            raise ValueError(f"crops={self.crops} stand in a grid; give grid=(rows, columns)")
         super().__post_init__()
         check.count("side", self.side, 1, 1000)
         check.between("temperature", self.temperature, 1e-6, 1e9)
@@ -87,15 +77,18 @@ class GlobalCom2(Selector):
     def score(self, params, tokens: Tokens, evidence: Evidence):
         return jax.lax.stop_gradient(self.logits(tokens, evidence))
 
-    def ratios(self, thumbnail, r):
+    def ratios(self, thumbnail, r, evidence: Evidence):
         """f32 [b crops-1] of the thumbnail's g [b side side]."""
-        rows, cols = self.grid or (1, 1)
-        edge = lambda k: jnp.minimum(jnp.arange(self.side, dtype=jnp.int32) // (self.side // k), k - 1)
-        place = (edge(rows)[:, None] * cols + edge(cols)[None]).reshape(1, -1)
+        grid = self.crop_grid(evidence)
+        edge = lambda k: jnp.minimum(jnp.arange(self.side, dtype=jnp.int32)[None] // jnp.maximum(self.side // k, 1), k - 1)
+        rows, cols = edge(grid[:, :1]), edge(grid[:, 1:])
+        place = (rows[:, :, None] * grid[:, 1, None, None] + cols[:, None]).reshape(len(grid), -1)
         flat = thumbnail.reshape(thumbnail.shape[0], -1)
-        s = segment_sum(flat, jnp.broadcast_to(place, flat.shape), rows * cols)
-        sigma = jax.nn.softmax((s - jnp.max(s, -1, keepdims=True)) / self.temperature, -1)
-        return jnp.minimum(r[:, None] * (1 + sigma - jnp.mean(sigma, -1, keepdims=True)), 1.0)
+        s = segment_sum(flat, jnp.broadcast_to(place, flat.shape), self.crops - 1)
+        many = (grid[:, 0] * grid[:, 1])[:, None]
+        there = jnp.arange(self.crops - 1, dtype=jnp.int32)[None] < many
+        sigma = jax.nn.softmax((s - jnp.max(s, -1, keepdims=True, where=there, initial=-jnp.inf)) / self.temperature, -1, where=there)
+        return jnp.where(there, jnp.minimum(r[:, None] * (1 + sigma - 1 / many), 1.0), 0.0)
 
     def stay(self, params, tokens: Tokens, evidence: Evidence, free, room):
         own = jnp.clip(jnp.where(free, self.score(params, tokens, evidence), 0.0), -1e15, 1e15)
@@ -110,18 +103,18 @@ class GlobalCom2(Selector):
         thumb, crop = mine[..., 0], free & (group > 0)
         flat = jnp.clip(tokens.cell[..., 0], 0, self.side - 1) * self.side + jnp.clip(tokens.cell[..., 1], 0, self.side - 1)
         table = segment_sum(jnp.where(thumb, own, 0.0), jnp.where(thumb, flat, -1), self.side**2)
-        wide = jnp.where(crop, self.cut(tokens, table, group, crop), 0.0)
+        wide = jnp.where(crop, self.cut(tokens, table, group, crop, evidence), 0.0)
         length = lambda x: jnp.sqrt(segment_sum(x * x, jnp.where(free, group, -1), self.crops))
         unit = lambda x: x / jnp.maximum(jnp.take_along_axis(length(x), group, 1), 1e-12)
         score = jnp.where(thumb, own, unit(own) + unit(wide))
-        each = jnp.concatenate([r[:, None], self.ratios(table.reshape(-1, self.side, self.side), r)], 1)
+        each = jnp.concatenate([r[:, None], self.ratios(table.reshape(-1, self.side, self.side), r, evidence)], 1)
         k = jnp.where(r[:, None] >= 1, size, floor(size.astype(jnp.float32) * each))
         before = jnp.cumsum(k, -1) - k
         return choose_groups(score, group, free, jnp.clip(room[:, None] - before, 0, k))
 
-    def cut(self, tokens: Tokens, table, group, crop):
+    def cut(self, tokens: Tokens, table, group, crop, evidence: Evidence):
         """The thumbnail's g [b side*side], bilinear (half-pixel centres, no corners aligned), at each crop row."""
-        cols = (self.grid or (1, 1))[1]
+        cols = self.crop_grid(evidence)[:, 1:]
         index = jnp.maximum(group - 1, 0)
         at = jnp.clip(tokens.cell, 0, self.side - 1) + self.side * jnp.stack([index // cols, index % cols], -1)
         low = jnp.min(jnp.where(crop[..., None], at, 2**20), 1, keepdims=True)

@@ -81,9 +81,21 @@ def test_reference(shape, pad):
     assert kept(method, tokens, evidence) == want
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (1, 3), (2, 2)])
+def test_a_grid_that_is_told(shape):
+    """Of at most four crops."""
+    rng, parts = np.random.default_rng(sum(shape)), 1 + shape[0] * shape[1]
+    logits = (3 * rng.normal(size=(5, 36))).astype(np.float32)
+    live = np.repeat(np.arange(5) < parts, 36)[None]
+    tokens, evidence = crops(logits, 6, live)
+    method = GlobalCom2(capacity=90, special=0, crops=5, ratio=0.4, side=6)
+    want, _ = reference(logits[:parts], shape, 0.4, 10.0, np.ones((parts - 1, 6, 6), bool))
+    assert kept(method, tokens, evidence._replace(grid=np.array([shape], np.int32))) == want
+
+
 def test_equal_logits_give_every_crop_the_ratio():
     method = GlobalCom2(capacity=9, grid=(2, 2), side=6)
-    np.testing.assert_allclose(method.ratios(jnp.full((1, 6, 6), -3.0), jnp.asarray([0.3])), np.full((1, 4), 0.3), rtol=1e-6)
+    np.testing.assert_allclose(method.ratios(jnp.full((1, 6, 6), -3.0), jnp.asarray([0.3]), Evidence()), np.full((1, 4), 0.3), rtol=1e-6)
 
 
 def test_everything_stays_at_ratio_one():
@@ -122,7 +134,9 @@ def test_official_outputs(data):
         logits, side = case["cls_logits"], int(case["side"])
         shape = int(case["num_patch_height"]), int(case["num_patch_width"])
         method = GlobalCom2(capacity=logits.size, special=0, grid=shape, ratio=float(case["retention_ratio"]), side=side)
-        ratios = method.ratios(jnp.asarray(logits[:1].reshape(1, side, side)), jnp.asarray([float(case["retention_ratio"])], jnp.float32))
+        ratios = method.ratios(
+            jnp.asarray(logits[:1].reshape(1, side, side)), jnp.asarray([float(case["retention_ratio"])], jnp.float32), Evidence()
+        )
         np.testing.assert_allclose(ratios[0], case["crop_ratios"], atol=2e-6)
         (width, height), (rows, cols) = case["original_size_wh"].tolist(), shape
         live = np.ones((rows * side, cols * side), bool)

@@ -59,6 +59,18 @@ def test_reference(spatial, alpha):
     assert five == reference(early, late, (2, 2), 20, alpha, spatial, 4)
 
 
+@pytest.mark.parametrize("spatial", ["official", "quadrant"])
+def test_a_grid_that_is_told(spatial):
+    """Of at most four crops; two of them are there, below each other."""
+    rng = np.random.default_rng(3)
+    cls, tokens = attention(rng, 2, 1, 2, 80), crops(rng, 5, 4)
+    few = tokens._replace(pos=np.where(np.arange(80)[None] < 48, tokens.pos, -1))
+    method = HiRED(capacity=30, special=0, crops=5, spatial=spatial)
+    found = kept(method, few, Evidence(cls=cls, grid=np.array([[2, 1]], np.int32)))
+    parts = cls[:, 0].reshape(2, 2, 5, 16).transpose(0, 2, 1, 3)[:, :3]
+    assert found == reference(*parts, (2, 1), 30, 0.5, spatial, 4)
+
+
 def test_alpha_one_leaves_the_thumbnail_alone():
     rng = np.random.default_rng(1)
     cls, tokens = attention(rng, 2, 1, 2, 80), crops(rng, 5, 4)
@@ -71,7 +83,7 @@ def test_official_cells_are_runs_and_half_of_them_lie_elsewhere():
     tokens = images(np.zeros((1, 576, 1)), special=0, cell=grid(24, 24))
     thumb, rank = np.ones((1, 576), bool), np.arange(576, dtype=np.int32)[None]
     runs, quadrants = (
-        np.asarray(HiRED(capacity=9, grid=(2, 2), spatial=s).place(tokens, thumb, rank))[0] for s in ("official", "quadrant")
+        np.asarray(HiRED(capacity=9, grid=(2, 2), spatial=s).place(tokens, thumb, rank, Evidence()))[0] for s in ("official", "quadrant")
     )
     assert [((runs == i) & (quadrants == i)).sum() for i in range(4)] == [72, 72, 72, 72]
 
@@ -83,8 +95,8 @@ def test_one_image_is_fastervlm():
 
 
 def test_bad_grids():
-    with pytest.raises(ValueError, match="grid"):
-        HiRED(capacity=4, crops=5)
+    with pytest.raises(ValueError, match=r"crops=5 stand in a grid; give grid=\(rows, columns\), or tell HiRED that of each image"):
+        kept(HiRED(capacity=4, crops=5), crops(np.random.default_rng(0), 5, 2), Evidence(cls=np.ones((2, 1, 1, 20), np.float32)))
     with pytest.raises(ValueError, match="sub-images"):
         HiRED(capacity=4, crops=4, grid=(2, 2))
 

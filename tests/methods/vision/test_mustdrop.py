@@ -1,4 +1,4 @@
-"""MustDrop's part in the encoder against its formulas, the official outputs and its limits."""
+"""MustDrop's stages against their formulas, the official outputs and their limits."""
 
 import functools
 import math
@@ -8,14 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.core.protocols import Held
+from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import reduce
-from jaxtok.core.types import Evidence
-from jaxtok.methods import MustDropVit
-from jaxtok.methods.vision.mustdrop import key_set
+from jaxtok.core.types import Evidence, Needs
+from jaxtok.methods import MustDropLayers, MustDropSelect, MustDropVit
+from jaxtok.methods.vision.mustdrop import key_set, mustdrop
+from jaxtok.models import blocks, decoder
+from jaxtok.testing.rows import AT, TEXT, world
 from tests.methods.golden import cases
+from tests.methods.vision import numpyllama
+from tests.methods.vision.test_fastv import pictured
 from tests.methods.vision.toyrows import grouped, normal, rows, unit
 
 small = {
+    "mustdrop.select": lambda n: MustDropSelect(),
+    "mustdrop.layers": lambda n: MustDropLayers(capacity=n, images=16, total=0.0 if n == 16 else 0.06, peak=1.0, trim=1),
+    "mustdrop.layers:top": lambda n: MustDropLayers(capacity=n, images=16, total=0.0),
     "mustdrop.vit": lambda n: MustDropVit(window=2, most=(16 - n) // 3),
     "mustdrop.vit:threshold": lambda n: MustDropVit(window=2, threshold=2.0 if n == 16 else 0.2),
 }
@@ -101,3 +110,131 @@ def test_bad_input():
     for bad in ({"window": 1}, {"most": -1}):
         with pytest.raises(ValueError):
             MustDropVit(**bad)
+
+
+# --- between the layers of the decoder -------------------------------------------------------------------------------------
+
+
+def asked(a, images, text):
+    """Evidence of attention a [h t images] of `text` rows behind the images, in a prompt of one row, the images, the text."""
+    seen = np.zeros((1, len(a), text, 1 + images + text), np.float32)
+    seen[0, :, :, 1 : 1 + images] = a
+    return Evidence(rows=jnp.asarray(seen))
+
+
+def test_a_stage_by_hand():
+    """Two questions about four rows, sums .5 .1 .1 .3 of 1: the third is low in all (.1 < .15) and in each (.05 < .08); the second has .09."""
+    a = np.array([[[0.3, 0.09, 0.05, 0.1], [0.2, 0.01, 0.05, 0.2]]])
+    stay = lambda tokens, **more: (
+        MustDropLayers(capacity=4, images=4, **more).plan({}, Held(), tokens, asked(a, 4, 2))[1].assign[0, 1:5] >= 0
+    ).tolist()
+    tokens = pictured(7, 4)
+    assert stay(tokens, total=0.15, peak=0.08) == [True, True, False, True]
+    assert stay(tokens, total=0.15, peak=0.1) == [True, False, False, True]
+    assert stay(tokens, total=0.05, peak=0.1) == [True] * 4
+    assert stay(tokens, total=0.0, peak=0.0) == [True] * 4
+    marked = tokens._replace(score=jnp.zeros((1, 7)).at[0, 2].set(1.0))
+    assert stay(marked, total=0.15, peak=0.1) == [True, True, False, True]
+    assert stay(marked, total=9.0, peak=9.0) == [False, True, False, False]
+    few = MustDropLayers(capacity=2, images=4, total=0.0).plan({}, Held(), marked, asked(a, 4, 2))[1]
+    assert few.index.tolist() == [[0, 1, 2, 5, 6]]  # the key set, then the largest sum
+
+
+def drops(total, peak):
+    def choose(x, image, before, own, keys):
+        a = before.mean(0)[np.flatnonzero(image)[-1] + 1 :]
+        each = a.sum(0)
+        low = image & (each < total * each[image].sum()) & (a.max(0) < peak)
+        return x[~low], np.flatnonzero(~low)
+
+    return choose
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def through(recipe, params, tokens):
+    return decoder.prefill(TEXT, params, tokens, recipe, new=1)
+
+
+def test_a_stage_against_the_reference():
+    """Grouped key heads, a ragged batch with padding."""
+    params, tokens = world("layers")
+    for total, peak in ((0.05, 0.04), (0.06, 1.0)):
+        method = MustDropLayers(capacity=16, images=16, total=total, peak=peak)
+        out, _ = through(Recipe(layers=((AT, method),)), params, tokens)
+        for b in range(3):
+            want = numpyllama.twice(params, *numpyllama.rows_of(tokens, b), drops(total, peak))
+            assert 6 < len(want) < (np.asarray(tokens.pos[b]) >= 0).sum()
+            np.testing.assert_allclose(np.asarray(out.x[b])[np.asarray(out.pos[b]) >= 0], want, atol=2e-5)
+
+
+def test_official_outputs_of_the_decoder(data):
+    """Four stages: the rows that stay, the key set among them, and which of each stage's rows the caches hold in the end."""
+    for case in cases(data, "mustdrop_llm"):
+        n, before, behind = (int(case[name]) for name in ("n_image", "pre", "text_after"))
+        method = MustDropLayers(capacity=n, images=n, total=float(case["global_thr"]), peak=float(case["individual_thr"]))
+        tokens = pictured(before + n + behind, n, before)
+        score = np.zeros((1, before + n + behind), np.float32)
+        score[0, before + case["key_set_initial"]] = 1
+        tokens, entered = tokens._replace(score=jnp.asarray(score)), []
+        for s in range(sum(name.endswith("kept_rel") for name in case)):
+            a = case[f"stage{s}_attn_text_to_image"]
+            live = np.flatnonzero(np.asarray(tokens.pos[0]) >= 0)
+            image = live[before : len(live) - behind]
+            seen = np.zeros((1, a.shape[0], behind, tokens.pos.shape[1]), np.float32)
+            seen[0][:, :, image] = a
+            entered.append(np.asarray(tokens.pos[0])[live])
+            _, plan = method.plan({}, Held(), tokens, Evidence(rows=jnp.asarray(seen)))
+            np.testing.assert_array_equal(np.flatnonzero(np.asarray(plan.assign[0])[image] >= 0), case[f"stage{s}_kept_rel"])
+            tokens = reduce(plan, tokens, method.positions)
+            live = np.asarray(tokens.pos[0]) >= 0
+            np.testing.assert_array_equal(tokens.pos[0][live], case[f"stage{s}_kept_original"])
+            np.testing.assert_array_equal(tokens.rope[0, live, 0], case[f"stage{s}_position_ids"][0])
+            image = live & (np.asarray(tokens.kind[0]) == 1)
+            np.testing.assert_array_equal(np.flatnonzero(np.asarray(tokens.score[0])[image] > 0), np.sort(case[f"stage{s}_key_set_rel"]))
+        end = np.asarray(tokens.pos[0])[np.asarray(tokens.pos[0]) >= 0]
+        for s, rows_in in enumerate(entered):
+            np.testing.assert_array_equal(np.flatnonzero(np.isin(rows_in, end)), case[f"kv_gather_after_stage{s}"])
+
+
+def test_the_decode_stage():
+    """Caches from layer `trim` on: the rows of the end; a step then is that of caches whose other slots are dead, at the next id of the rest."""
+    params, tokens = world("layers")
+    make = lambda trim: Recipe(layers=((AT, MustDropLayers(capacity=16, images=16, total=0.06, peak=1.0, trim=trim)),))
+    end, cut = through(make(0), params, tokens)
+    _, whole = through(make(None), params, tokens)
+    step = jax.jit(
+        lambda layers: decoder.step(TEXT, params, blocks.embed(TEXT, params, jnp.full((3, 1), 5)), jnp.ones((3, 1), bool), layers)
+    )
+    kv, there = whole[0][0].kv, np.asarray(end.pos)
+    alive = np.stack([np.isin(np.asarray(kv.pos[b]), there[b][there[b] >= 0]) for b in range(3)])
+    dead = kv._replace(pos=jnp.where(alive, kv.pos, -1), delta=jnp.asarray(alive[:, 0].sum(-1), jnp.int32) - kv.seen)
+    assert (there >= 0).sum() < (np.asarray(kv.pos[:, 0]) >= 0).sum()
+    for b in range(3):
+        slots = np.asarray(cut[0][0].kv.pos[b, 0])
+        assert slots[slots >= 0].tolist() == there[b][there[b] >= 0].tolist()
+    np.testing.assert_allclose(step(cut)[0], step(((whole[0][0]._replace(kv=dead),), whole[1]))[0], atol=2e-5)
+
+
+def test_the_mark_goes_to_the_decoder():
+    method = MustDropSelect(rate=0.2)
+    tokens, seen = rows(np.zeros((2, 11, 1))), jnp.asarray(normal(6, 2, 3, 11) ** 2)
+    mark = method.mark({}, Held(), tokens, Evidence(cls=seen))
+    np.testing.assert_array_equal(mark, key_set(seen, tokens, 0.2).astype(jnp.float32))
+    assert mark.sum() == 4 and method.needs == Needs(cls=True, own=True)
+
+
+def test_the_papers_recipe():
+    recipe = mustdrop(576, (0.011, 0.01), capacities=(300, 200, 100, 50))
+    assert [(k, m.images, m.capacity, m.total, m.trim) for k, m in recipe.layers] == [
+        (3, 576, 300, 0.011, None),
+        (7, 300, 200, 0.011, None),
+        (11, 200, 100, 0.011, None),
+        (15, 100, 50, 0.011, 2),
+    ]
+    assert recipe.vit == ((1, MustDropVit(threshold=0.8, window=3)),) and recipe.select == MustDropSelect(rate=0.08)
+    assert [m.capacity for _, m in mustdrop(576).layers] == [576] * 4
+    with pytest.raises(ValueError, match="must ascend"):
+        mustdrop(576, layers=(7, 3))
+    for bad in ({"total": -1.0}, {"asks": 0}, {"trim": -1}):
+        with pytest.raises(ValueError):
+            MustDropLayers(capacity=1, images=4, **bad)
