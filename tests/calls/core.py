@@ -461,6 +461,10 @@ case("core.diverse.facility")(
 )
 case("core.diverse.first_far")(lambda s: Case(diverse.first_far, lambda v: _near(v, s, distance=v.floats(s.b, s.n, s.n))))
 case("core.selector.pictured")(lambda s: Case(selector.pictured, lambda v: {"tokens": v.tokens()}))
+case("core.selector.asking")(lambda s: Case(selector.asking, lambda v: {"tokens": v.tokens()}))
+case("core.selector.room")(
+    lambda s: Case(lambda tokens, keep: selector.room(tokens, keep, s.m), lambda v: {"tokens": v.tokens(), "keep": v.keep(s.b)})
+)
 case("core.selector.evenly")(lambda s: Case(selector.evenly, lambda v: {"total": v.keep(s.b)}, {"parts": s.m, "most": s.n}))
 case("core.selector.part")(lambda s: Case(selector.part, lambda v: {"total": v.keep(s.b)}, {"share": s.one(0.5, 0.33, 1, 0)}))
 

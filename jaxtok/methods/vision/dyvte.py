@@ -54,8 +54,9 @@ class DyVTE(Reducer):
 
     When the gate fires is data, so it cannot change shapes: rows die in their places (the outputs are those of the short sequence, steps do
     not read the dead rows, but no work is saved in a batch of static size). by: the layer before which the image rows of all sequences go
-    at the latest, whatever the gate says: from there on the sequence is `images` rows shorter, which saves real work. A gate that never
-    fires and by=None: the plain model. A traced `keep` that has no room for all rows of a sequence lets its image rows go.
+    at the latest, whatever the gate says: from there on the sequence is `images` rows shorter, which saves real work (forced: the instance
+    there). A gate that never fires and by=None: the plain model. A traced `keep` without room for all rows of a sequence lets its image
+    rows go.
     """
 
     floor: ClassVar[bool] = True

@@ -18,7 +18,7 @@ from tests.methods.vision.toyrows import normal, rows
 
 small = {
     "dyvte": lambda n: DyVTE(images=16, hidden=8, margin=0.0 if n < 16 else 1e9),
-    "dyvte:by": lambda n: DyVTE(images=16, hidden=8, margin=1e9, by=None if n >= 16 else 1),
+    "dyvte:by": lambda n: DyVTE(images=16, hidden=8, margin=1e9, forced=n < 16),
 }
 KINDS = "tiiiiitttt"
 
