@@ -59,9 +59,10 @@ class YOPO(LayerEdit):
 
     What is saved: the MLP's channels of image rows; image rows, their keys and caches from `layercut` on (paper); image to image attention,
     where the window is a list of keys at most a quarter of `images` long, else it is a mask. What is a mask: heads (their image keys stay
-    in the softmax), layercut="official". Decoding reads the image keys, apart, under the same heads. The official code saves nothing.
+    in the softmax), `layercut` of variant="official". Decoding reads the image keys, apart, under the same heads. The official code saves nothing.
 
-    window=None, layercut=None, mlpcut=1 and all heads: the plain model; a window over the whole grid is as none in variant="paper".
+    window=None, layercut=None, mlpcut=1 and all heads: the plain model; with one picture, so is a window over its grid in variant="paper"
+    (several never see each other, our reading).
     """
 
     images: int
