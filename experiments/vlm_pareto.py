@@ -187,7 +187,7 @@ BUILDS: dict[str, Build] = {
     "catp.layers": once("catp.layers", part="query"),
     "dyvte": skip("needs its trained gate"),
     "gsearch": staged("gsearch"),
-    "mustdrop.layers": once("mustdrop.layers", total=1.0, peak=1.0),
+    "mustdrop.layers": once("mustdrop.layers", total=0.0, peak=0.0),  # thresholds that drop nothing: the capacity decides
     "pyramiddrop": staged("pyramiddrop"),
     "sparsevlm": clustered,
     "todre.layers": skip("all rows go or none: it has no budget"),
