@@ -143,7 +143,8 @@ def spread(total: int, places: tuple[int, ...]) -> dict[int, int]:
 
 
 def merging(make: Callable[[World, int], Any], where: str = "every", proportional: bool = True) -> Variant:
-    """s rows go in all, equally many in every layer, in the first half of them, in all but the first, or in three stages."""
+    """s rows go in all, equally many in every layer, in the first half of them, in all but the first, in the two behind that
+    (or a third of all), or in three stages."""
 
     def build(w: World, s: int) -> Setting | None:
         count = w.layers
@@ -151,6 +152,7 @@ def merging(make: Callable[[World, int], Any], where: str = "every", proportiona
             "every": range(count),
             "early": range(-(-count // 2)),
             "later": range(1, count),
+            "front": range(1, 1 + max(2, count // 3)),
             "stages": sorted({count // 4, count // 2, 3 * count // 4}),
         }[where]
         entries = tuple((k, make(w, r)) for k, r in spread(s, tuple(places)).items() if r)
@@ -253,9 +255,9 @@ FAMILIES: dict[str, dict[str, Variant]] = {
         "every layer, bsm, margin 0.75, proportional": merging(lambda w, r: m.PiToMe(remove=r, split="bsm")),
     },
     "mctf": {
-        "ahead": merging(lambda w, r: m.MCTF(remove=r, least=4), "later", proportional=False),
         "ahead, proportional": merging(lambda w, r: m.MCTF(remove=r, least=4), "later"),
-        "recompute, one way, proportional": merging(lambda w, r: m.MCTF(remove=r, least=4, when="recompute", both=False), "later"),
+        "ahead, two layers or a third, proportional": merging(lambda w, r: m.MCTF(remove=r, least=4), "front"),
+        "behind, two layers or a third, proportional": merging(lambda w, r: m.MCTF(remove=r, least=4, when="behind"), "front"),
     },
     "crossget": {
         "image, no cross token, proportional": merging(lambda w, r: m.CrossGET(remove=r, cross=False, special=1)),
