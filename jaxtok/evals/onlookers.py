@@ -56,8 +56,13 @@ def of_folder(name: str) -> Onlooker:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give the folder of a LLaVA or of an image encoder")
     family = tensors.read_json(folder / "config.json").get("model_type")
+    if family in ("llava_next", "qwen2_5_vl"):
+        raise ValueError(
+            f"{folder} holds a {family}, whose pictures in crops and windows are not drawn; give a LLaVA-1.5 or an image encoder"
+        )
     if family in hf_vlm.FAMILIES:
         cfg, params, tokenizer = load.load_vlm(name)
+        assert isinstance(cfg, VlmConfig)
         look, note = _look(cfg.vision, folder)
         return Onlooker(cfg, params, look, _prompt(cfg, tokenizer, folder), note)
     cfg, params = load.load_encoder(name)
