@@ -37,6 +37,7 @@ def default() -> Onlooker:
     from jaxtok.evals import digits
 
     cfg, params, _ = load.load_vlm(DEFAULT)
+    assert isinstance(cfg, VlmConfig)
 
     def look(picture):
         grey = np.asarray(picture.convert("L").resize((digits.SIDE, digits.SIDE), PIL.Image.Resampling.BILINEAR))
