@@ -23,6 +23,8 @@ def stand(
     Where `rows` has no room for all, image rows go first, the oldest first, and are counted.
     """
     check.count("rows", rows, 0)
+    if free.ndim != 2 or weight.shape != (*free.shape, free.shape[1]):
+        raise ValueError(f"weight is {list(weight.shape)} for rows {list(free.shape)}; they must be [b n n] and [b n]")
     n = free.shape[1]
     row = jnp.arange(n, dtype=jnp.int32)[None]
     last = jnp.max(jnp.where(free, row, -1), -1, keepdims=True)
@@ -79,6 +81,8 @@ def density_peaks(
     delta_i = min of d_ij over denser rows j (equal density: the older is denser), the largest of all d for the densest
     centres: the `count` rows of largest density * delta (ties: the older); the others go to the nearest one (ties: the older)
     """
+    if x.ndim != 3 or live.shape != x.shape[:2]:
+        raise ValueError(f"x is {list(x.shape)}, live {list(live.shape)}; they must be [b n c] and [b n]")
     n, y = x.shape[1], jnp.where(live[..., None], jax.lax.stop_gradient(x).astype(jnp.float32), 0.0)
     apart = jax.lax.map(lambda r: jnp.sum((y - r[:, None]) ** 2, -1), jnp.swapaxes(y, 0, 1))  # row by row: no [b n n c]
     apart = jnp.minimum(jnp.swapaxes(apart, 0, 1) / max(x.shape[-1], 1), 1e35)
