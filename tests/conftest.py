@@ -1,6 +1,7 @@
 """Strictness for every test, and the shared data when it is there."""
 
 import collections
+import gc
 import os
 import pathlib
 import re
@@ -43,10 +44,12 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Compiled programs are let go before a process runs out of memory maps (65,530 on Linux), where the compiler would crash."""
+    """Compiled programs are let go before a process runs out of memory maps (65,530 on Linux), where the compiler would crash, and before
+    the collector's walks through all that was traced take longer than the tests."""
     maps = pathlib.Path("/proc/self/maps")
-    if (nextitem is None or group(nextitem.nodeid) != group(item.nodeid)) and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    if (nextitem is None or group(nextitem.nodeid) != group(item.nodeid)) and maps.exists() and maps.read_bytes().count(b"\n") > 5_000:
         jax.clear_caches()
+        gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter):
