@@ -211,7 +211,7 @@ def dense(params, batch, rows, first):
     y = rows - jnp.mean(rows, -1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + 1e-5)
     z = encoder.linear(params["heads"], "patch", y)
-    on, off = (batch["class"] >= 0) & (batch["class"] < 10), batch["class"] == 10
+    on, off = (jnp.float32(x) for x in ((batch["class"] >= 0) & (batch["class"] < 10), batch["class"] == 10))
     loss, metrics, at = jnp.zeros(()), {}, 0
     for name, n in HEADS.items():
         part, want = z[..., at : at + n], batch.get(name)

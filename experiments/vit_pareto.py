@@ -47,6 +47,7 @@ SKIPPED = {
     "catp.select": "needs the text that goes with an image",
     "code_merge": "needs the lexer's units of a text",
     "dynamicvit": "needs its trained predictor",
+    "mustdrop.select": "drops nothing: it marks the rows that MustDrop's later stages keep",
 }
 MOST = 4  # a schedule may ask for so many times the rows that there are: a merging layer takes half of them at most
 GOALS = {"vit_mnist": (0.5, 1.5), "vit_cifar10": (2 / 3, 2.0)}  # share of the FLOPs, points that may go

@@ -2,9 +2,8 @@
 
 import dataclasses
 import os
-import pathlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -19,6 +18,7 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 NEAREST, LANCZOS, BILINEAR, BICUBIC = range(4)  # the numbers of the files, and of Pillow
 MOST_PIXELS = 2**28  # of a resized picture
 Image = PIL.Image.Image | np.ndarray
+Made = TypeVar("Made")
 
 # What transformers (5.x, image_processing_<family>.py) assumes where the file is silent.
 _BASE: dict[str, Any] = {
@@ -68,11 +68,7 @@ class Processor:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "Processor":
         """That of a checkpoint's folder or hub id; ValueError, one line, for a missing file and for what is not supported."""
-        file, raw = described(path)
-        try:
-            return cls.of(raw)
-        except ValueError as e:
-            raise ValueError(f"{file}: {e}") from None
+        return described(path, cls.of)
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "Processor":
@@ -131,15 +127,15 @@ class Processor:
         return out
 
 
-def described(path: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any]]:
-    """(the file that describes a checkpoint's image processor, what it says); ValueError where there is none."""
+def described(path: str | os.PathLike[str], of: Callable[[dict[str, Any]], Made]) -> Made:
+    """What `of` makes of what describes a checkpoint's image processor; ValueError, with the file's name, where that fails or is missing."""
     folder = find(path)
     file = next((f for f in (folder / "preprocessor_config.json", folder / "processor_config.json") if f.is_file()), None)
     if file is None:
         raise ValueError(f"{folder} has no preprocessor_config.json; make a processor of your own: Processor(size=..., mean=..., std=...)")
     raw = tensors.read_json(file)
     try:
-        return file, Fields(raw, {}).object("image_processor") or raw
+        return of(Fields(raw, {}).object("image_processor") or raw)
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from None
 

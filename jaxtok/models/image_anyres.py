@@ -48,11 +48,7 @@ class AnyresProcessor:
     @classmethod
     def read(cls, path: str | os.PathLike[str], parts: int | None = None) -> "AnyresProcessor":
         """That of a checkpoint's folder or hub id; ValueError, one line, for a missing file and for what is not supported."""
-        file, raw = image.described(path)
-        try:
-            return cls.of(raw, parts)
-        except ValueError as e:
-            raise ValueError(f"{file}: {e}") from None
+        return image.described(path, lambda raw: cls.of(raw, parts))
 
     @classmethod
     def of(cls, raw: dict[str, Any], parts: int | None = None) -> "AnyresProcessor":

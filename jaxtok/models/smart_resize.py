@@ -54,7 +54,7 @@ class PatchProcessor:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.least > self.most or self.most > MOST_PIXELS:
             raise ValueError(f"least={self.least}, most={self.most} pixels: must rise, {MOST_PIXELS} at most")
-        assert self.plain  # checks the rest
+        self.plain  # noqa: B018  (made to check the rest)
 
     @property
     def plain(self) -> Processor:
@@ -64,11 +64,7 @@ class PatchProcessor:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "PatchProcessor":
         """That of a checkpoint's folder or hub id; ValueError, one line, for a missing file and for what is not supported."""
-        file, raw = described(path)
-        try:
-            return cls.of(raw)
-        except ValueError as e:
-            raise ValueError(f"{file}: {e}") from None
+        return described(path, cls.of)
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "PatchProcessor":

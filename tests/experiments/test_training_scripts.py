@@ -24,7 +24,7 @@ def script(name, monkeypatch):
 def test_every_script_that_trains_is_counted_here():
     """A new one needs its own test below."""
     trains = {p.stem for p in FOLDER.glob("*.py") if re.search(r"\boptax\b|jaxtok\.train(?!\.compresskv)", p.read_text())}
-    assert trains == {"train_embedded", "train_lococo", "linen_example", "train_duo_gates"}
+    assert trains == {"train_embedded", "train_lococo", "linen_example", "train_duo_gates", "train_small_vlm"}
 
 
 def test_the_embedded_model(tmp_path, monkeypatch):
@@ -124,3 +124,30 @@ def test_the_gates_of_duo_attention(tmp_path, monkeypatch):
     assert len(traces) == 1 and seen == [4, 2, 2, 0]
     np.testing.assert_allclose(np.loadtxt(tmp_path / "gates.tsv"), document["gates"], atol=1e-4)
     assert (tmp_path / "results.json").is_file() and 0 <= np.min(document["gates"]) <= np.max(document["gates"]) <= 1
+
+
+def test_the_small_vision_language_model(tmp_path, monkeypatch):
+    """Each loss is traced once a batch shape for the steps and once for the watched digits, whatever the checkpoints and stages do."""
+    m = script("train_small_vlm", monkeypatch)
+    stage = lambda steps, kind, **more: m.Stage(steps=steps, kind=kind, least=4, batch=2, **more)
+    whole = stage(2, "whole", patches=9, dense=0.5)
+    stages = (stage(1, "views", patches=16), stage(252, "tower", patches=9), whole, dataclasses.replace(whole, steps=1))
+    monkeypatch.setattr(m, "STAGES", stages)
+    small = dataclasses.replace(m.CFG.vision, width=16, heads=2, hidden=16, layers=2)
+    text = dataclasses.replace(m.CFG.text, width=16, heads=2, kv_heads=1, head_dim=8, hidden=16, layers=1)
+    monkeypatch.setattr(m, "CFG", dataclasses.replace(m.CFG, vision=small, text=text, until=1))
+    rng = np.random.default_rng(0)
+    image = np.zeros((30, 28, 28), np.uint8)
+    image[:, 9:19, 9:19] = rng.integers(128, 256, (30, 10, 10))
+    source = m.digits.Digits(image, np.arange(30) % 10)
+    monkeypatch.setattr(m, "sources", lambda: (source, source))
+    batches, traces = {}, []
+    batch_of, tower_loss, whole_loss = m.batch_of, m.tower_loss, m.whole_loss
+    monkeypatch.setattr(m, "batch_of", lambda d, seed, step, s: batches.setdefault((s, step > 2), batch_of(d, seed, step, s)))
+    monkeypatch.setattr(m, "tower_loss", lambda p, b, key: traces.append(("tower", b["at"].shape)) or tower_loss(p, b, key))
+    monkeypatch.setattr(m, "whole_loss", lambda share, p, b, key: traces.append(("whole", share)) or whole_loss(share, p, b, key))
+    monkeypatch.setattr(m, "ship", lambda args, params: None)
+    m.train(m.Args(out=tmp_path))
+    views = 2 * m.VIEWS
+    assert {x: traces.count(x) for x in traces} == {("tower", (views, 16)): 2, ("tower", (2, 9)): 2, ("whole", 0.5): 3}
+    assert len((tmp_path / "checkpoints" / "metrics.jsonl").read_text().splitlines()) > 0

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,8 +96,7 @@ def test_a_plan_of_tome_is_such_a_matrix():
     tokens = rows(x, size=np.random.default_rng(0).integers(1, 4, (2, 13)))
     plan, want, matrix = tome(ToMe(remove=5), tokens, jnp.asarray(normal(6, 2, 13, 5)))
     found = jax.jit(lambda w, index: reduce(DensePlan(w, index), tokens))(matrix, plan.index)
-    for name, a in found._asdict().items():
-        np.testing.assert_allclose(a, getattr(want, name), atol=1e-5, err_msg=name)
+    chex.assert_trees_all_close(found, want, atol=1e-5)
 
 
 def test_rows_come_back():

@@ -15,7 +15,6 @@ from jaxtok.methods import YOPO, FastV, SnapKV
 from jaxtok.methods.vision.yopo import load_heads, save_heads
 from jaxtok.models import blocks, decoder, edits
 from jaxtok.models.config import Config
-from jaxtok.ops.near import neighbours
 from jaxtok.testing.world import near
 from jaxtok.train import yopo
 from tests.methods.golden import cases
@@ -188,19 +187,6 @@ def test_official_outputs(data):
         end = jax.jit(lambda p, t, c=cfg, m=method: decoder.prefill(c, p, t, Recipe(edits=(m,)), new=0)[0])(params, tokens)
         got = blocks.norm(end.x, params["norm"], cfg.norm_eps, cfg.norm_offset)
         np.testing.assert_allclose(got, case["last_hidden_state"], atol=3e-5)
-
-
-def test_official_windows(data):
-    """The masks of the official code: which image rows see which."""
-    if not (data / "golden" / "yopo_local_mask.npz").exists():
-        pytest.skip("the official windows lie elsewhere")
-    for case in cases(data, "yopo_local_mask"):
-        mask = next(x for x in case.values() if x.ndim >= 2 and x.shape[-1] == x.shape[-2]).reshape(1, 576, 576)
-        cell = jnp.asarray(np.stack(np.divmod(np.arange(576), 24), -1))[None]
-        spared = YOPO(images=576, window=int(case["window_w"]), variant="official").layer({}, 0, CFG)
-        got = neighbours(cell, jnp.zeros((1, 576), jnp.int32), jnp.ones((1, 576), bool), reach=spared.reach, causal=spared.causal)
-        seen = got.mask if got.index is None else jax.vmap(jax.vmap(lambda i: jnp.zeros(577, bool).at[i].set(True)[:576]))(got.index)
-        np.testing.assert_array_equal(seen, mask if mask.dtype == bool else mask == 0)
 
 
 # --- what is saved -----------------------------------------------------------------------------------------------------------
