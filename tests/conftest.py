@@ -18,7 +18,7 @@ os.environ.setdefault(
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 2)  # sharding laws
+jax.config.update("jax_num_cpu_devices", 8)  # sharding laws, sequence parallelism
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

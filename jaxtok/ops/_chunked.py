@@ -45,6 +45,8 @@ class Operands(NamedTuple):
     far: jax.Array  # i32 [b e S]
     bias: jax.Array | None  # f32 [b g S]
     window: jax.Array | None  # i32 []
+    q_segment: jax.Array | None = None  # i32 [b T]
+    k_segment: jax.Array | None = None  # i32 [b S]
 
 
 def _divide(n: int, most: int) -> int:
@@ -92,7 +94,7 @@ def unfold(x: jax.Array, t: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, t, *x.shape[3:])
 
 
-def prepare(spec: Spec, q, k, q_pos, k_pos, bias, window) -> Operands:
+def prepare(spec: Spec, q, k, q_pos, k_pos, bias, window, q_segment=None, k_segment=None) -> Operands:
     """Pads and groups the arguments of a call; padding is dead."""
     k_pos = k_pos[:, None] if k_pos.ndim == 2 else k_pos
     far = jnp.where(k_pos >= 0, k_pos, FAR)
@@ -103,6 +105,8 @@ def prepare(spec: Spec, q, k, q_pos, k_pos, bias, window) -> Operands:
         far=pad(far, spec.block, 2, FAR),
         bias=None if bias is None else pad(bias, spec.block, 2),
         window=window,
+        q_segment=None if q_segment is None else pad(q_segment, spec.chunk, 1),
+        k_segment=None if k_segment is None else pad(k_segment, spec.block, 1),
     )
 
 
@@ -159,6 +163,9 @@ def logits(spec: Spec, x: Operands, i, j) -> tuple[jax.Array, jax.Array | None]:
         y += take(x.bias, j, spec.block, 2)[:, :, None, None]
     y = bounded(y)
     see = visible(spec, take(x.q_pos, i, spec.chunk, 1), take(x.far, j, spec.block, 2), x.window)
+    if x.q_segment is not None and x.k_segment is not None:
+        mine, theirs = take(x.q_segment, i, spec.chunk, 1), take(x.k_segment, j, spec.block, 1)
+        see &= (mine[:, :, None] == theirs[:, None])[:, None]
     return jnp.where(see[:, :, None], y, -jnp.inf), slope
 
 
@@ -223,7 +230,7 @@ def walk(spec: Spec, x: Operands, step: Callable[[Any, Any, Any, Any, Callable],
     return lax.scan(body, init, (jnp.asarray(pairs[:, 0]), jnp.asarray(pairs[:, 1]), jnp.asarray(first), _needed(spec, x, pairs)))[0]
 
 
-def check(q, k, q_pos, k_pos, *, v=None, bias=None, lse=None, softcap=None, diagonal=None) -> None:
+def check(q, k, q_pos, k_pos, *, v=None, bias=None, lse=None, softcap=None, diagonal=None, segments=(None, None)) -> None:
     """Raises ValueError where the arguments of an attention or evidence call do not fit together."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x is not None and (x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating)):
@@ -246,6 +253,11 @@ def check(q, k, q_pos, k_pos, *, v=None, bias=None, lse=None, softcap=None, diag
     for name, x, shape in (("bias", bias, (b, g, s)), ("lse", lse, (b, h, t))):
         if x is not None and (x.dtype != jnp.float32 or x.shape != shape):
             raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be float32 {list(shape)}")
+    if (segments[0] is None) != (segments[1] is None):
+        raise ValueError("q_segment and k_segment come together: a query sees the keys of its own segment")
+    for name, x, shape in (("q_segment", segments[0], (b, t)), ("k_segment", segments[1], (b, s))):
+        if x is not None and (x.dtype != jnp.int32 or x.shape != shape):
+            raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; it must be int32 {list(shape)}")
     if softcap is not None and not 0 < softcap < np.inf:
         raise ValueError(f"softcap is {softcap}; it must be positive and finite, or None for no soft-cap")
     if diagonal is not None and (not isinstance(diagonal, int) or abs(diagonal) > FAR):

@@ -38,6 +38,8 @@ def attention(
     q_pos: Int32[Array, "b t"],
     k_pos: Int32[Array, "b s"] | Int32[Array, "b g s"],
     bias: Float32[Array, "b g s"] | None = None,
+    q_segment: Int32[Array, "b t"] | None = None,
+    k_segment: Int32[Array, "b s"] | None = None,
     causal: bool = True,
     window: int | Int32[Array, ""] | None = None,
     softcap: float | None = None,
@@ -49,15 +51,16 @@ def attention(
     """Attention of queries to the keys that their positions let them see, and the logsumexp of the logits.
 
         visible(i, j) = q_pos[i] >= 0 and k_pos[j] >= 0 and (not causal or k_pos[j] <= q_pos[i])
-                        and (window is None or q_pos[i] - k_pos[j] < window)
+                        and (window is None or q_pos[i] - k_pos[j] < window) and q_segment[i] == k_segment[j]
         logit(i, j)   = softcap(scale * q_i . k_j) + bias[j],   softcap(x) = c tanh(x / c)
         out_i         = sum_j exp(logit(i, j) - lse_i) v_j,     lse_i = log sum_j exp(logit(i, j)),   both over visible j
 
-    Query head i reads KV head i // (h/g). Positions are the only mask: order in memory does not matter, and -1 is a dead row. A query
+    Query head i reads KV head i // (h/g). Positions and segments are the only masks: order in memory does not matter, and -1 is a dead row. A query
     that sees nothing gets out 0 and lse -inf; what lies in dead rows never matters as long as it is finite.
 
     Args:
       q, k, v: one floating dtype; values may be wider or narrower than keys (c = d but for thinned keys). Logits, softmax and sums are float32 whatever it is; probabilities meet v in v's dtype.
+      q_segment, k_segment: which of several packed sequences a row belongs to; positions may then count on through all of them. None = one.
       bias: added after the soft-cap, always finite (the log of the number of tokens that a slot stands for).
       window: a static int, or an i32 scalar that may be traced (2**31 - 1 = everything).
       softcap: c above; None = none.
@@ -81,18 +84,18 @@ def attention(
         raise NotImplementedError(f"impl={impl!r}: attention has no kernel for {_PLATFORMS[impl]} yet; use impl='xla' or 'auto'")
     if impl not in ("auto", "xla"):
         raise ValueError(f"impl is {impl!r}; it must be one of auto, xla, {', '.join(_PLATFORMS)}")
-    check(q, k, q_pos, k_pos, v=v, bias=bias, softcap=softcap, diagonal=diagonal)
+    check(q, k, q_pos, k_pos, v=v, bias=bias, softcap=softcap, diagonal=diagonal, segments=(q_segment, k_segment))
     dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"out_dtype is {dtype}; it must be a floating dtype")
     if not q.size or not k.size or not v.size:  # nothing to read, or nobody to read it
         return jnp.zeros((*q.shape[:3], v.shape[3]), dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
     spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
-    return _jitted(spec, dtype, *level(q, k, v, q_pos, k_pos, bias, as_window(window)))
+    return _jitted(spec, dtype, *level(q, k, v, q_pos, k_pos, bias, as_window(window), q_segment, k_segment))
 
 
-def _attend(spec: Spec, dtype, q, k, v, q_pos, k_pos, bias, window):
-    x = prepare(spec, q, k, q_pos, k_pos, bias, window)
+def _attend(spec: Spec, dtype, q, k, v, *rest):
+    x = prepare(spec, q, k, *rest)
     v = pad(v, spec.block, 2)
 
     def step(carry, i, j, first, guard):
@@ -129,13 +132,18 @@ def _forward(spec, dtype, *args):
 
 
 def _backward(spec, dtype, saved, cotangents):
-    q, k, v, q_pos, k_pos, bias, window, out, lse = saved
-    x = prepare(spec, q, k, q_pos, k_pos, bias, window)
+    q, k, v, *rest, out, lse = saved
+    dq, dk, dv, dbias = _gradients(spec, q, k, v, *rest, out, lse, *cotangents)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dbias, None, None, None
+
+
+def _gradients(spec: Spec, q, k, v, q_pos, k_pos, bias, window, q_segment, k_segment, out, lse, dout, dlse):
+    x = prepare(spec, q, k, q_pos, k_pos, bias, window, q_segment, k_segment)
     g = k.shape[1]
     live = lse > -jnp.inf
     # A row that sees nothing is a constant: its cotangents, which may be NaN (log 0, 0/0 in the caller), stop here.
-    dout = jnp.where(live[..., None], cotangents[0], 0)
-    shift = jnp.where(live, (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - cotangents[1], 0)
+    dout = jnp.where(live[..., None], dout, 0)
+    shift = jnp.where(live, (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - dlse, 0)
     dout, shift, lse = (pad(group(a, g), spec.chunk, 3) for a in (dout.astype(v.dtype), shift, finite(lse)))
     values = pad(v, spec.block, 2)
 
@@ -160,9 +168,41 @@ def _backward(spec, dtype, saved, cotangents):
     init = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), (x.q, x.k, values, x.bias))
     dq, dk, dv, dbias = walk(spec, x, step, init)
     t, s = q.shape[2], k.shape[2]
-    dq = dq[:, :, :, :t].reshape(q.shape).astype(q.dtype)
-    dbias = None if dbias is None else dbias[..., :s]
-    return dq, dk[:, :, :s].astype(k.dtype), dv[:, :, :s].astype(v.dtype), None, None, dbias, None
+    dbias = None if bias is None else dbias[..., :s]
+    return dq[:, :, :, :t].reshape(q.shape), dk[:, :, :s], dv[:, :, :s], dbias
+
+
+def gradients(
+    q: Float[Array, "b h t d"],
+    k: Float[Array, "b g s d"],
+    v: Float[Array, "b g s c"],
+    out: Float[Array, "b h t c"],
+    lse: Float32[Array, "b h t"],
+    dout: Float[Array, "b h t c"],
+    dlse: Float32[Array, "b h t"],
+    *,
+    q_pos: Int32[Array, "b t"],
+    k_pos: Int32[Array, "b s"] | Int32[Array, "b g s"],
+    bias: Float32[Array, "b g s"] | None = None,
+    q_segment: Int32[Array, "b t"] | None = None,
+    k_segment: Int32[Array, "b s"] | None = None,
+    causal: bool = True,
+    window: int | Int32[Array, ""] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    diagonal: int | None = None,
+) -> tuple[Float32[Array, "b h t d"], Float32[Array, "b g s d"], Float32[Array, "b g s c"], Float32[Array, "b g s"] | None]:
+    """What these keys have to do with the gradients (of q, k, v, bias; float32) of attention over these and other keys.
+
+    out, lse: of the whole attention; dout, dlse: their cotangents. Summed over the parts that the keys were cut into, dq is that of the
+    whole; dk, dv and dbias of a part need nothing from the others. Other arguments and errors as in `attention`.
+    """
+    check(q, k, q_pos, k_pos, v=v, bias=bias, lse=lse, softcap=softcap, diagonal=diagonal, segments=(q_segment, k_segment))
+    if not q.size or not k.size or not v.size:
+        zeros = lambda x: None if x is None else jnp.zeros_like(x, jnp.float32)
+        return zeros(q), zeros(k), zeros(v), zeros(bias)  # type: ignore[return-value]
+    spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
+    return _gradients(spec, *level(q, k, v, q_pos, k_pos, bias, as_window(window), q_segment, k_segment, out, lse, dout, dlse))
 
 
 _attention = jax.custom_vjp(_attend, nondiff_argnums=(0, 1))
