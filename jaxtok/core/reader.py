@@ -17,7 +17,7 @@ class Sight(NamedTuple):
     window: int | None = None  # slots out of reach of every query of the call are dead in the `kv` that a reader is given
     softcap: float | None = None
     scale: float | None = None  # of q.k; None = head_dim ** -0.5
-    impl: str = "auto"
+    impl: Any = "auto"  # as of ops.attention
     ids: jax.Array | None = None  # i32 [b t] the queries' token ids, where the caller knows them
 
 

@@ -15,6 +15,7 @@ from jaxtok.decode.loop import generate
 from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import Layers
+from jaxtok.ops.attention import Impl
 
 
 class Ahead(NamedTuple):
@@ -32,7 +33,7 @@ def same_ids(cfg: Config, draft: Config) -> None:
 
 
 def look_ahead(
-    cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, *, look: int, impl: str = "auto"
+    cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, *, look: int, impl: Impl = "auto"
 ) -> Int[Array, "b look"]:
     """The greedy continuation by a draft model, -1 behind the end of a sequence."""
     if not look:
@@ -54,7 +55,7 @@ def prefill_lookahead(
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
     ahead: Int[Array, "b look"] | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Ahead:
     """Prefill with the queries of a draft of the next `look` tokens in sight, compress by what they and the prompt's end look at (SpecKV).
 

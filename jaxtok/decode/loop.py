@@ -15,6 +15,7 @@ from jaxtok.decode.sampling import Sampler, sample
 from jaxtok.models import blocks, cached, decoder
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN, Layers
+from jaxtok.ops.attention import Impl
 
 GREEDY = Sampler()
 
@@ -39,7 +40,7 @@ def generate(
     key: Array | None = None,
     eos: tuple[int, ...] | None = None,
     keep: Mapping[str, Any] | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Generated:
     """Continue every sequence by up to `new` tokens after a `prefill` that returned (tokens, layers).
 
@@ -93,7 +94,7 @@ def replay(
     take: Callable[[Array], Any] = lambda logits: logits,
     key: Array | None = None,
     keep: Mapping[str, Any] | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Any, Layers]:
     """Teacher forcing: append given ids one step at a time, as generation would.
 
@@ -127,7 +128,7 @@ def prefill_chunked(
     read: bool = False,
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Tokens, Layers]:
     """`embed` and `prefill` of padded prompts in chunks of `chunk` rows: activations take the memory of one chunk, the cache that of the prompt.
 
@@ -185,7 +186,7 @@ def prefill_chunked(
     return decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers if count > 1 else None, keep=keep, key=key, impl=impl)
 
 
-def _in_blocks(cfg, params, ids, live, recipe: Recipe, new: int, keep, key, impl: str) -> tuple[Tokens, Layers]:
+def _in_blocks(cfg, params, ids, live, recipe: Recipe, new: int, keep, key, impl: Impl) -> tuple[Tokens, Layers]:
     """One prefill a chunk, each on the caches that the one before left. ids, live [count b chunk]."""
     slots = recipe.policy.capacity + recipe.policy.every  # type: ignore[union-attr]
     slots += -slots % (recipe.reader.block if recipe.reader is not None else 1)

@@ -17,6 +17,7 @@ from jaxtok.decode.retrieve import through
 from jaxtok.models import cached, decoder
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import Layers
+from jaxtok.ops.attention import Impl
 
 Draft = tuple[Config, Any]  # configuration and parameters of a model with the same token ids
 
@@ -44,7 +45,7 @@ def prefill(
     ask: Mapping[str, Any] | None = None,
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Tokens, Layers]:
     """Embed and prefill a batch of padded prompts with any recipe; what `generate` takes comes out. One compiled program.
 
@@ -93,7 +94,7 @@ def _prefill(cfg, params, ids, live, recipe: Recipe, draft, ask, ahead, **option
     return decoder.prefill(cfg, params, decoder.embed(cfg, params, ids, live, recipe.ends), recipe, **options)
 
 
-def _looking(cfg, params, draft, recipe: Recipe, ids, live, impl: str):
+def _looking(cfg, params, draft, recipe: Recipe, ids, live, impl: Impl):
     """(what a method of site prompt looks through, the draft's continuation of packed ids or None)."""
     if recipe.look is None or draft is None or not recipe.prompt.drafts:  # type: ignore[union-attr]
         return through(cfg, params, impl, recipe.prompt.sees), None  # type: ignore[union-attr]

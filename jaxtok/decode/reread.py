@@ -15,6 +15,7 @@ from jaxtok.core.types import Needs, Tokens
 from jaxtok.models import decoder
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN, Layers
+from jaxtok.ops.attention import Impl
 
 
 def request(encode: Callable[..., list[int]]) -> dict[str, tuple[int, ...]]:
@@ -43,7 +44,7 @@ def prefill_reread(
     sinks: int = 4,
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Tokens, Layers]:
     """Prefill plainly, read the prompt again behind its own cache, compress by what that looked at (KVzip).
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxtok.models import decoder
 from jaxtok.models.config import Config
+from jaxtok.ops.attention import Impl
 
 
 def retrieve(
@@ -21,7 +22,7 @@ def retrieve(
     method: Any,
     *,
     progress: Callable[[int, int], Any] = lambda done, total: None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Int[np.ndarray, "b m"], Bool[np.ndarray, "b m"], Any]:
     """(ids and liveness of the prompts to answer, what `method` retained) of a batch of texts and their questions.
 
@@ -59,11 +60,11 @@ def retrieve(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _absorb(cfg: Config, method, impl: str, params, state, ids, count, question, asked, last, whole) -> tuple[Any, Array]:
+def _absorb(cfg: Config, method, impl: Impl, params, state, ids, count, question, asked, last, whole) -> tuple[Any, Array]:
     return method.absorb(through(cfg, params, impl, method.sees), state, ids, count, question, asked, last, whole)
 
 
-def program(cfg: Config, method, params, b: int, impl: str = "auto") -> Any:
+def program(cfg: Config, method, params, b: int, impl: Impl = "auto") -> Any:
     """The lowered program of a chunk of `b` texts, to be compiled and looked at."""
     i32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     flags = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bool)
@@ -72,7 +73,7 @@ def program(cfg: Config, method, params, b: int, impl: str = "auto") -> Any:
     return _absorb.lower(cfg, method, impl, params, state, i32(b, method.chunk), i32(b), i32(b, q), flags(b, q), flags(b), flags(b))
 
 
-def through(cfg: Config, params, impl: str = "auto", layer: int = -1) -> Callable[..., tuple[Array]]:
+def through(cfg: Config, params, impl: Impl = "auto", layer: int = -1) -> Callable[..., tuple[Array]]:
     """What a method of site prompt looks through where it needs no draft: a layer of the model itself; those behind it do not run."""
     if not -cfg.layers <= layer < cfg.layers:
         raise ValueError(f"sees={layer}, but the model has {cfg.layers} layers; give {-cfg.layers} to {cfg.layers - 1}")

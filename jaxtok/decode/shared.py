@@ -13,6 +13,7 @@ from jaxtok.core.types import KV, Frozen, Part, Tokens
 from jaxtok.models import decoder
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN, Layers
+from jaxtok.ops.attention import Impl
 
 
 class PrefixGroups(NamedTuple):
@@ -108,7 +109,7 @@ def prefill_shared(
     prefix_live: Bool[Array, "one p"] | None = None,
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Tokens, Layers]:
     """Prefill prompts that begin with one prefix: it is read once, stays one copy for the batch, and each row reads on behind it.
 

@@ -22,6 +22,7 @@ from jaxtok.decode.sampling import Sampler, sample
 from jaxtok.models import blocks, cached, decoder
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN, Layers
+from jaxtok.ops.attention import Impl
 
 GREEDY = Sampler()
 
@@ -77,7 +78,7 @@ def listen(
     *,
     new: int,
     key: Array | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Float[Array, "b 1 c"], Layers]:
     """Read a turn whose padding, if any, stands behind it (right) -> (the row that the reply begins from, caches).
 
@@ -118,7 +119,7 @@ def speak(
     key: Array | None = None,
     eos: tuple[int, ...] | None = None,
     keep: Mapping[str, Any] | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Int[Array, "b most"], Said, Layers]:
     """The next tokens, at most `most` (static) and `left` (traced) -> (ids, -1 where none was said, how far it is, caches).
 

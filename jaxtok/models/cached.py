@@ -4,6 +4,7 @@ A layer's heads may stand in several groups (`Recipe.heads`), each a `Part` with
 all heads. `decoder.py` walks the layers.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -21,7 +22,7 @@ from jaxtok.core.types import KV, Evidence, Frozen, Needs, Part, Tokens
 from jaxtok.models import blocks
 from jaxtok.models.config import Config
 from jaxtok.ops import offload
-from jaxtok.ops.attention import attention, merge
+from jaxtok.ops.attention import Impl, Shared, attention, merge
 from jaxtok.ops.cache import append, place
 from jaxtok.ops.evidence import peak, perturbed, ranked, received, rows
 from jaxtok.ops.noise import words
@@ -76,7 +77,7 @@ def attend_rows(
     needs: Needs,
     proportional: bool,
     key,
-    impl: str,
+    impl: Impl,
     among=None,
 ) -> tuple[Tokens, list[tuple[KV, Evidence]]]:
     """One layer over the rows of a prefill -> (tokens, for each head group the cache with these rows and evidence over its slots).
@@ -92,12 +93,13 @@ def attend_rows(
     }
     length = jnp.linalg.norm(blocks.normed(cfg, p, tokens.x).astype(jnp.float32), axis=-1) if needs.unit else None
     outs, found, g = [], [], 0
+    ordered = functools.partial(_in_order, impl) if isinstance(impl, Shared) and past is None else lambda *x: x
     for part in (None,) if past is None else past:
         heads = k.shape[1] if part is None else part.kv.k.shape[1]
         mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]
         out, kv, seen = _attend_group(cfg, i, tokens, part, mine, freqs, recipe, needs, proportional, impl, among, length, common["key"])
         outs.append(out)
-        found.append((kv, Evidence(**seen, **common)))
+        found.append(ordered(kv, Evidence(**seen, **common)))
         g += heads
     out = outs[0] if len(outs) == 1 else jnp.concatenate(outs, 1)
     middle = blocks.out_proj(cfg, p, tokens.x, out)
@@ -167,7 +169,7 @@ def _attend_group(
         there = jnp.pad(among, ((0, 0), (0, n)), constant_values=True)
         looked = see | {"k_pos": jnp.where(there[:, None], kv.pos, -1)}
         look_lse = attention(turned_q, keys, kv.v, impl=impl, diagonal=diagonal, **looked)[1]
-    seen = observe(needs, turned_q, keys, look_lse, looked, diagonal, length, i, key, tokens) | {
+    seen = observe(needs, turned_q, keys, look_lse, looked, diagonal, length, i, key, tokens, impl) | {
         "keys": k if needs.keys else None,
         "values": v if needs.values else None,
         "queries": moments(q, live & (pos >= needs.queries)) if needs.queries is not None else None,
@@ -177,7 +179,7 @@ def _attend_group(
     return out, kv, seen
 
 
-def look_back(cfg: Config, p, i: int, tokens: Tokens, w: int, impl: str, proportional: bool = False) -> Float[Array, "b h w n"]:
+def look_back(cfg: Config, p, i: int, tokens: Tokens, w: int, impl: Impl, proportional: bool = False) -> Float[Array, "b h w n"]:
     """Attention of the last w tokens over all of them, from the queries of these rows and the keys of all."""
     last, freqs = jax.tree.map(lambda x: x[:, -w:], (tokens.x, tokens.rope, tokens.pos)), jnp.asarray(blocks.frequencies(cfg, i))
     q = rotate_by(blocks.qkv(cfg, p, last[0])[0], last[1], freqs, blocks.axes(cfg, last[1]))
@@ -186,7 +188,7 @@ def look_back(cfg: Config, p, i: int, tokens: Tokens, w: int, impl: str, proport
     return rows(q, k, attention(q, k, k, impl=impl, **see)[1], **see)
 
 
-def foresee(cfg: Config, p, i: int, tokens: Tokens, needs: Needs, proportional: bool, key, impl: str) -> Evidence:
+def foresee(cfg: Config, p, i: int, tokens: Tokens, needs: Needs, proportional: bool, key, impl: Impl) -> Evidence:
     """What layer i would make of rows that it has not run on yet; for attention of the last rows alone, only these ask."""
     freqs = jnp.asarray(blocks.frequencies(cfg, i))
     common = {
@@ -231,12 +233,15 @@ def observe(
     layer: int = 0,
     key=None,
     tokens: Tokens | None = None,
+    impl: Impl = "auto",
 ) -> dict[str, Any]:
     """Attention evidence from queries, keys and the saved logsumexp; no [n n] array exists but for `probs`.
 
     `tokens`: the queries' rows, for what tells their kinds apart."""
     out: dict[str, Any] = {}
     plain = {name: x for name, x in see.items() if name != "q_pos"}
+    if isinstance(impl, Shared):
+        return _observe_shared(needs, q, k, lse, see, plain, impl)
     if needs.rows:
         w = min(needs.rows, q.shape[2])
         out["rows"] = rows(q[:, :, -w:], k, lse[:, :, -w:], q_pos=see["q_pos"][:, -w:], **plain)
@@ -269,7 +274,48 @@ def observe(
     return out
 
 
-def attend_frozen(cfg: Config, frozen: Frozen, q: Float[Array, "b h t d"], see: dict[str, Any], impl: str) -> tuple[Array, Array]:
+def _observe_shared(needs: Needs, q, k, lse, see: dict[str, Any], plain: dict[str, Any], impl: Shared) -> dict[str, Any]:
+    """The evidence that devices can gather together."""
+    known = Needs(rows=needs.rows, turned=needs.turned, received=needs.received)
+    known = known._replace(**{name: getattr(needs, name) for name in ("hidden", "weights", "keys", "values", "queries", "segment")})
+    if needs != known:
+        lacks = [name for name in needs._fields if getattr(needs, name) != getattr(known, name)]
+        raise NotImplementedError(f"over several devices there is no evidence of the kind {', '.join(lacks)}; run the method on one")
+    out: dict[str, Any] = {}
+    own = q.shape[2] == k.shape[2]  # rows of a prefill, in the order of the layout; others are in their own
+    last = (
+        (lambda x, w, axis: impl.last(x, w, axis))
+        if own
+        else (lambda x, w, axis: jax.lax.slice_in_dim(x, x.shape[axis] - w, None, axis=axis))
+    )
+    if needs.rows:
+        w = min(needs.rows, q.shape[2])
+        out["rows"] = impl.some_rows(last(q, w, 2), k, last(lse, w, 2), q_pos=last(see["q_pos"], w, 1), **plain)
+    if needs.turned:
+        w = min(needs.turned, q.shape[2])
+        out["turned"] = jnp.where((last(see["q_pos"], w, 1) >= 0)[:, None, :, None], last(q, w, 2), jnp.zeros((), q.dtype))
+    if needs.received:
+        out["received"] = impl.received(q, k, lse, **see)
+    return out
+
+
+def held(impl: Shared, kv: KV) -> KV:
+    """A cache cut over the sequence."""
+    slots = lambda x: None if x is None else impl.hold(x, "data", "tensor", "sequence", *(None,) * (x.ndim - 3))
+    return kv._replace(**{name: slots(getattr(kv, name)) for name in ("k", "v", "pos", "bias", "segment")})
+
+
+def _in_order(impl: Shared, kv: KV, evidence: Evidence) -> tuple[KV, Evidence]:
+    """A cache and its evidence in the order of the tokens, cut over the sequence."""
+    slots = lambda x: None if x is None else impl.restore(x, 2)
+    kv = held(impl, kv._replace(**{name: slots(getattr(kv, name)) for name in ("k", "v", "pos", "bias", "segment")}))
+    named = {name: slots(getattr(evidence, name)) for name in ("received", "keys", "values")}
+    rows = None if evidence.rows is None else impl.restore(evidence.rows, 3)
+    hidden = None if evidence.hidden is None else impl.restore(evidence.hidden, 1)
+    return kv, evidence._replace(**named, rows=rows, hidden=hidden)
+
+
+def attend_frozen(cfg: Config, frozen: Frozen, q: Float[Array, "b h t d"], see: dict[str, Any], impl: Impl) -> tuple[Array, Array]:
     """Attention to slots that no longer change: with some channels of the keys only, or shared by the whole batch."""
     (b, h, t, d), kv, q_pos = q.shape, frozen.kv, see["q_pos"]
     if frozen.channels is not None:
@@ -288,7 +334,15 @@ def attend_frozen(cfg: Config, frozen: Frozen, q: Float[Array, "b h t d"], see: 
 
 
 def settle(
-    cfg: Config, params, i: int, found: list[tuple[KV, Evidence]], past: tuple[Part, ...] | None, recipe: Recipe, new: int, keep
+    cfg: Config,
+    params,
+    i: int,
+    found: list[tuple[KV, Evidence]],
+    past: tuple[Part, ...] | None,
+    recipe: Recipe,
+    new: int,
+    keep,
+    impl: Impl = "auto",
 ) -> tuple[Part, ...]:
     """The parts of layer i after a prefill: split by head groups, compressed, fitted to the step policy, with room and states begun."""
     sizes = head_groups(cfg, recipe, i)
@@ -299,7 +353,7 @@ def settle(
         found = [(_heads(kv, *at), _heads_of_evidence(evidence, *at, cfg.heads // cfg.kv_heads, cfg.kv_heads)) for at in cut]
         olds = [None if old is None else _heads_of_part(old, *at) for at in cut]
     return tuple(
-        _settle_group(cfg, params, i, j, *each, old, recipe, new, keep) for j, (each, old) in enumerate(zip(found, olds, strict=True))
+        _settle_group(cfg, params, i, j, *each, old, recipe, new, keep, impl) for j, (each, old) in enumerate(zip(found, olds, strict=True))
     )
 
 
@@ -326,7 +380,7 @@ def _heads_of_evidence(evidence: Evidence, a: int, b: int, group: int, heads: in
     )
 
 
-def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | None, recipe: Recipe, new: int, keep) -> Part:
+def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | None, recipe: Recipe, new: int, keep, impl: Impl) -> Part:
     b, learned, state, frozen = kv.seen.shape[0], params.get("methods", {}), Held(), None if old is None else old.frozen
     if not kv.k.shape[1]:
         return Part(kv, state)
@@ -355,6 +409,7 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
         cursor = policy.capacity if policy.vacates else policy.slots  # the same room before the next fit for a prompt of any length
     else:
         slots, cursor = kv.pos.shape[-1] + new, None
+        slots = impl.rows(slots) if isinstance(impl, Shared) else slots
     if reader is not None:
         if reader.needs.segment and kv.segment is None:
             raise ValueError(f"{reader.name} needs the segments of the prompt, which the prefill of {recipe.cache.name} does not keep")  # type: ignore[union-attr]
@@ -371,6 +426,7 @@ def _settle_group(cfg, params, i, j, kv: KV, evidence: Evidence, old: Part | Non
         kv = kv._replace(k=moved(kv.k), v=moved(kv.v), pos=moved(kv.pos), bias=moved(kv.bias))
         kv = kv if kv.segment is None else kv._replace(segment=moved(kv.segment))
         state = Held(jax.tree.map(moved, state.slots), state.rest)
+    kv = held(impl, kv) if isinstance(impl, Shared) else kv
     reading = () if reader is None else reader.start(learned.get("reader", {}), i, kv, cfg.heads)
     return Part(stowed(reader, kv._replace(segment=None), reading, full), state, reading, frozen)
 

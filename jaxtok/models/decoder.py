@@ -4,7 +4,7 @@ Pure functions of (cfg, params, inputs, state). `params["layers"]` is a tuple an
 a tuple of `Part` (one a head group), so that jit can donate and update them in place. Which method acts where is the recipe's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jaxtok.core.types import KV, Evidence, Needs, Part, Tokens
 from jaxtok.models import blocks, cached, edits, steps
 from jaxtok.models.config import Config
 from jaxtok.models.prune import Pruning
+from jaxtok.ops.attention import Impl, Shared
 
 Layers = tuple[tuple[Part, ...], ...]
 PLAIN = Recipe()
@@ -100,7 +101,7 @@ def prefill(
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
     proportional: bool = False,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Tokens, Layers]:
     """Run whole rows through all layers; caches come out compressed by the recipe, with room for `new` more tokens.
 
@@ -123,20 +124,32 @@ def prefill(
         raise ValueError("inference takes params['layers'] as a tuple of one dict a layer; use models.blocks.unstack(params)")
     if layers is not None and recipe.layers:
         raise ValueError("pruning between layers takes a prefill of its own; continue with a recipe without `layers`")
+    shared = isinstance(impl, Shared) and layers is None
+    if isinstance(impl, Shared) and (recipe.layers or recipe.edits):
+        raise NotImplementedError("over several devices a recipe takes no `layers` and no `edits`; leave them out, or run on one")
     if recipe.edits and layers is None:
         return edits.prefill(cfg, params, tokens, recipe, new=new, proportional=proportional, impl=impl)
     pruning, evidence, out = Pruning(cfg, params, recipe, keep, proportional, key, impl), Evidence(), []
+    tokens = _moved(impl, tokens, impl.place) if shared else tokens  # type: ignore[union-attr]
     for i, p in enumerate(params["layers"]):
         tokens = pruning.before(i, p, tokens, evidence)
         needs, past = recipe.prefill_needs | pruning.needs(i), None if layers is None else layers[i]
         tokens, found = cached.attend_rows(cfg, p, i, tokens, past, recipe, needs, proportional, key, impl)
-        out.append(cached.settle(cfg, params, i, found, past, recipe, new, keep))
+        out.append(cached.settle(cfg, params, i, found, past, recipe, new, keep, impl))
         evidence = found[0][1]  # pruners work on caches of one group
+    tokens = _moved(impl, tokens, impl.restore) if shared else tokens  # type: ignore[union-attr]
     return tokens, pruning.after(tuple(out), tokens, new)
 
 
+def _moved(impl, tokens: Tokens, move: Callable[[Array], Array]) -> Tokens:
+    """The rows in another order, cut over the sequence."""
+    own = {name: getattr(tokens, name) for name in ("x", "pos", "rope", "size", "kind", "segment", "cell", "score")}
+    put = lambda x: impl.hold(move(x), "data", "sequence", *(None,) * (x.ndim - 2))
+    return tokens._replace(**{name: put(x) for name, x in own.items() if x is not None})
+
+
 def survey(
-    cfg: Config, params, tokens: Tokens, needs: Needs, recipe: Recipe = PLAIN, *, key: Array | None = None, impl: str = "auto"
+    cfg: Config, params, tokens: Tokens, needs: Needs, recipe: Recipe = PLAIN, *, key: Array | None = None, impl: Impl = "auto"
 ) -> tuple[Tokens, Layers, tuple[tuple[Evidence, ...], ...]]:
     """A plain prefill that also returns its evidence, for each layer and head group, to be added to and given to `compress`."""
     layers, out = [], []
@@ -157,7 +170,7 @@ def probe(
     *,
     among: Bool[Array, "b s"] | None = None,
     key: Array | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[tuple[Evidence, ...], ...]:
     """What further rows (a draft's look-ahead, the context once more, a question) make of caches that they do not join.
 
@@ -172,7 +185,7 @@ def probe(
     return tuple(out)
 
 
-def last_rows(cfg: Config, params, tokens: Tokens, rows: int, *, layer: int = -1, impl: str = "auto") -> Float[Array, "b h w n"]:
+def last_rows(cfg: Config, params, tokens: Tokens, rows: int, *, layer: int = -1, impl: Impl = "auto") -> Float[Array, "b h w n"]:
     """Attention of the last `rows` tokens in one layer, float32; layers before it run whole, of this one nothing but queries and keys."""
     layer %= cfg.layers
     for i, p in enumerate(params["layers"][:layer]):
@@ -225,7 +238,7 @@ def step(
     key: Array | None = None,
     evict: bool = True,
     ids: Int[Array, "b t"] | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Float[Array, "b t c"], Layers]:
     """Append t rows to the caches: embed -> append -> read -> attend -> evict, in place when jit donates `layers`.
 

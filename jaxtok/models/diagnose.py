@@ -17,7 +17,7 @@ from jaxtok.core.rotary import rotate_by
 from jaxtok.models import blocks
 from jaxtok.models.config import Config
 from jaxtok.ops import diagnostics
-from jaxtok.ops.attention import attention
+from jaxtok.ops.attention import Impl, attention
 
 
 class Diagnosis(NamedTuple):
@@ -43,7 +43,7 @@ class Effects(NamedTuple):
 
 
 def diagnose(
-    cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, *, first: int = 8, impl: str = "auto"
+    cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, *, first: int = 8, impl: Impl = "auto"
 ) -> Diagnosis:
     """Entropies, sink mass, value drain and residual peak of every layer and head. Jit it with static cfg; padding may stand anywhere.
 
@@ -73,7 +73,7 @@ def losses(
     *,
     zero: Bool[Array, "l h"] | None = None,
     first: Bool[Array, "l h"] | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Float[Array, " b"]:
     """Mean loss of the next token of each sequence, nats, where the heads of `zero` attend to nothing and those of `first` to the first
     token alone. Both may be traced, so one compile serves every choice of heads."""
@@ -84,7 +84,7 @@ def losses(
     return _loss(cfg, params, x, ids, pos)
 
 
-def effects(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, *, impl: str = "auto") -> Effects:
+def effects(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, *, impl: Impl = "auto") -> Effects:
     """Both interventions on every head in turn: 2 l h + 1 passes, one after another in one compiled loop."""
     each = jnp.eye(cfg.layers * cfg.heads, dtype=bool).reshape(-1, cfg.layers, cfg.heads)
     none = jnp.zeros_like(each[:1])
@@ -95,7 +95,7 @@ def effects(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"
 
 
 def _layers(
-    cfg: Config, params, ids, live, *, look: Callable[..., None] | None = None, zero=None, first=None, impl: str = "auto"
+    cfg: Config, params, ids, live, *, look: Callable[..., None] | None = None, zero=None, first=None, impl: Impl = "auto"
 ) -> tuple[Float[Array, "b n c"], Int[Array, "b n"]]:
     """The causal pass, seen (`look`) and changed layer by layer -> (rows after the last layer, positions)."""
     live = jnp.ones(ids.shape, bool) if live is None else live

@@ -20,7 +20,7 @@ from jaxtok.core.selector import pictured
 from jaxtok.core.types import KV, TEXT, Frozen, Needs, Part, Plan, Tokens
 from jaxtok.models import blocks, cached
 from jaxtok.models.config import Config
-from jaxtok.ops.attention import attention, merge
+from jaxtok.ops.attention import Impl, attention, merge
 from jaxtok.ops.near import Near, attend_near, neighbours, pictures
 
 
@@ -34,7 +34,7 @@ class Split(NamedTuple):
     picture: Array  # i32 [b images]
 
 
-def prefill(cfg: Config, params, tokens: Tokens, recipe: Recipe, *, new: int, proportional: bool, impl: str):
+def prefill(cfg: Config, params, tokens: Tokens, recipe: Recipe, *, new: int, proportional: bool, impl: Impl):
     """`decoder.prefill` of a recipe with an edit -> (tokens, layers)."""
     (edit,), learned, out = recipe.edits, params.get("methods", {}).get("edits", ({},))[0], []
     tokens, split = _enter(edit, tokens)
@@ -76,7 +76,7 @@ def _enter(edit: LayerEdit, tokens: Tokens) -> tuple[Tokens, Split]:
 
 
 def _layer(
-    cfg: Config, p, i: int, tokens: Tokens, split: Split, spared: Spared, near: Near | None, new: int, proportional: bool, impl: str
+    cfg: Config, p, i: int, tokens: Tokens, split: Split, spared: Spared, near: Near | None, new: int, proportional: bool, impl: Impl
 ) -> tuple[Tokens, Part]:
     """One layer over text and image rows -> (tokens, its cache: text keys with room for `new`, image keys frozen)."""
     q, k, v = blocks.qkv(cfg, p, tokens.x)

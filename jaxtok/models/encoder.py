@@ -22,7 +22,7 @@ from jaxtok.core.types import Evidence, Needs, Tokens
 from jaxtok.models import blocks
 from jaxtok.models.cached import observe
 from jaxtok.models.config import EncoderConfig
-from jaxtok.ops.attention import attention
+from jaxtok.ops.attention import Impl, attention
 
 FAR = 2**14  # more columns of windows than a picture has
 
@@ -83,7 +83,7 @@ def sight(cfg: EncoderConfig, i: int, tokens: Tokens) -> dict[str, Any]:
     return dict(q_pos=at, k_pos=at, causal=True, window=1)
 
 
-def attend(cfg: EncoderConfig, p, i: int, tokens: Tokens, needs: Needs, proportional: bool, key, impl: str, probs=None, normed=None):
+def attend(cfg: EncoderConfig, p, i: int, tokens: Tokens, needs: Needs, proportional: bool, key, impl: Impl, probs=None, normed=None):
     """(attention block's output [b n c] before the residual sum, evidence). `probs` [b h n n]: attend by these.
 
     Evidence `cls` of a tower of any picture size, which has no class row: what a row receives of all live ones on average.

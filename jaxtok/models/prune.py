@@ -14,12 +14,13 @@ from jaxtok.core.select import pack
 from jaxtok.core.types import KV, Evidence, Needs, Part, Tokens, live_count
 from jaxtok.models import cached
 from jaxtok.models.config import Config
+from jaxtok.ops.attention import Impl
 
 
 class Pruning:
     """One prefill while it is traced: where methods act, and the state of each, shared by all its places."""
 
-    def __init__(self, cfg: Config, params, recipe: Recipe, keep: Mapping[str, Any] | None, proportional: bool, key, impl: str):
+    def __init__(self, cfg: Config, params, recipe: Recipe, keep: Mapping[str, Any] | None, proportional: bool, key, impl: Impl):
         self.cfg, self.opts = cfg, (proportional, key, impl)
         self.places = {k: (j, method) for j, (k, method) in enumerate(recipe.layers)}
         self.trims = [method for _, method in recipe.layers if method.trim is not None]

@@ -25,6 +25,7 @@ from jaxtok.core.select import from_index, pack
 from jaxtok.core.types import IMAGE, Evidence, Needs, Tokens
 from jaxtok.models import blocks, decoder, encoder, vit
 from jaxtok.models.config import Config, EncoderConfig
+from jaxtok.ops.attention import Impl
 
 PLAIN = Recipe()
 FIELDS = {"received": -1, "cls": -1, "looked": -1, "keys": -2, "values": -2, "hidden": -2, "change": -3}  # where the token axis is
@@ -271,7 +272,7 @@ def embed(
     proportional: bool = False,
     ends: tuple[int, ...] = (),
     rows: int | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tokens:
     """The decoder's rows of prompts with up to `i` pictures each: text and, where the placeholders stand, what is left of the pictures.
 

@@ -16,14 +16,14 @@ from jaxtok.core.vacate import vacate
 from jaxtok.models import blocks
 from jaxtok.models.cached import at_hand, attend_frozen, budget_of, observe, pad_slots, raw
 from jaxtok.models.config import Config
-from jaxtok.ops.attention import attention, merge
+from jaxtok.ops.attention import Impl, attention, merge
 from jaxtok.ops.cache import append, block_slots, place, scatter
 from jaxtok.ops.offload import whole
 from jaxtok.ops.read import attend_blocks, take_kv
 
 
 def step_part(
-    cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe: Recipe, carry, keep, key, evict: bool, impl: str, ids=None
+    cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe: Recipe, carry, keep, key, evict: bool, impl: Impl, ids=None
 ):
     """Head group j of layer i in a step -> (attended values, part, the reader's carry)."""
     (q, k, v), (kv, state, reading, frozen) = qkv, part
@@ -124,7 +124,7 @@ def _refit(cfg, policy: CachePolicy, own, reader, reader_params, i, kv, state, r
     return jax.lax.cond(kv.cursor >= policy.slots + policy.every, fit, lambda *same: same, kv, state, reading)
 
 
-def _recalled(cfg: Config, i: int, kv: KV, evidence: Evidence, found, impl: str) -> Evidence:
+def _recalled(cfg: Config, i: int, kv: KV, evidence: Evidence, found, impl: Impl) -> Evidence:
     """The evidence with what past queries make of the cache as it is now."""
     if found is None:
         return evidence

@@ -24,7 +24,7 @@ from jaxtok.models import blocks, encoder
 from jaxtok.models.cached import whole
 from jaxtok.models.config import EncoderConfig
 from jaxtok.models.resample import resize_grid
-from jaxtok.ops.attention import attention
+from jaxtok.ops.attention import Impl, attention
 
 PLAIN = Recipe()
 
@@ -236,7 +236,7 @@ def encode(
     keep: Mapping[str, Any] | None = None,
     key: Array | None = None,
     proportional: bool = False,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Encoded:
     """Run the first `until` layers (None = all) over the rows of `embed`, reduced on the way by `recipe.vit`.
 

@@ -21,6 +21,7 @@ from jaxtok.core.select import from_index, pack
 from jaxtok.core.types import IMAGE, SPECIAL, Evidence, Needs, Tokens
 from jaxtok.models import anyres, blocks, decoder, encoder, vit
 from jaxtok.models.config import Config, EncoderConfig
+from jaxtok.ops.attention import Impl
 
 PLAIN = Recipe()
 
@@ -108,7 +109,7 @@ def embed(
     proportional: bool = False,
     ends: tuple[int, ...] = (),
     rows: int | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Tokens:
     """The decoder's rows of prompts with `i` pictures each: text and, where the placeholders stand, what is left of the pictures.
 
@@ -239,7 +240,7 @@ def _methods(params) -> dict[str, Any]:
     return {"methods": params["methods"]} if "methods" in params else {}
 
 
-def _tower(cfg: VlmConfig, params, images, recipe: Recipe, keep, key, proportional: bool, impl: str) -> vit.Encoded:
+def _tower(cfg: VlmConfig, params, images, recipe: Recipe, keep, key, proportional: bool, impl: Impl) -> vit.Encoded:
     """What the tower and the projector make of each image: rows in the decoder's width, in the order of the image."""
     own = params["vision"] | _methods(params)
     limit = None if keep is None else {"vit": keep}

@@ -1,5 +1,7 @@
 """Grouped-query attention over positions, with its logsumexp, in memory O(block); and the monoid that merges partial results."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -30,6 +32,45 @@ from jaxtok.ops._chunked import (
 _PLATFORMS = {"pallas_tpu": "TPU", "pallas_gpu": "NVIDIA GPU", "interpret": "the Pallas interpreter"}
 
 
+class Shared:
+    """An `impl` under which several devices share a sequence: `jaxtok.parallel.Spread`."""
+
+    def attention(self, q: Array, k: Array, v: Array, **see: Any) -> tuple[Array, Array]:
+        """As `attention`, of arrays that are cut over devices."""
+        raise NotImplementedError
+
+    def received(self, q: Array, k: Array, lse: Array, **see: Any) -> Array:
+        """As `ops.evidence.received`."""
+        raise NotImplementedError
+
+    def some_rows(self, q: Array, k: Array, lse: Array, **see: Any) -> Array:
+        """As `ops.evidence.rows`, of the last of the rows."""
+        raise NotImplementedError
+
+    def place(self, x: Array, axis: int = 1) -> Array:
+        """Rows of a prefill as the devices hold them."""
+        raise NotImplementedError
+
+    def restore(self, x: Array, axis: int = 1) -> Array:
+        """Such rows in their own order."""
+        raise NotImplementedError
+
+    def last(self, x: Array, w: int, axis: int) -> Array:
+        """The last w of such rows, in their own order."""
+        raise NotImplementedError
+
+    def rows(self, t: int) -> int:
+        """The least number of rows, t or more, that the devices share equally."""
+        raise NotImplementedError
+
+    def hold(self, x: Array, *axes: str | None) -> Array:
+        """x cut over the axes of the mesh ("data", "sequence", "tensor"; None = not), where its sizes allow."""
+        raise NotImplementedError
+
+
+Impl = str | Shared
+
+
 def attention(
     q: Float[Array, "b h t d"],
     k: Float[Array, "b g s d"],
@@ -46,7 +87,7 @@ def attention(
     scale: float | None = None,
     diagonal: int | None = None,
     out_dtype: DTypeLike | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> tuple[Float[Array, "b h t c"], Float32[Array, "b h t"]]:
     """Attention of queries to the keys that their positions let them see, and the logsumexp of the logits.
 
@@ -68,7 +109,7 @@ def attention(
       diagonal: promises that key row j > query row i + diagonal is never visible, so blocks beyond it are not computed: 0 for causal
         self-attention over packed rows, the number of earlier rows for a chunk after a prefix. A false promise drops those keys.
       out_dtype: of out; None = q's.
-      impl: "auto" and "xla" are the same today; kernels take the other names.
+      impl: "auto" and "xla" are the same today; kernels take the other names. A `Shared`: the attention of several devices.
 
     Gradients reach q, k, v and bias, from out and from lse. Nothing of size t x s is kept: the backward pass recomputes each block from
     q, k, v, out and lse. Blocks whose positions cannot meet are skipped at run time when there is a window, or when a causal call has
@@ -80,6 +121,9 @@ def attention(
 
     Source: FlashAttention-2, arXiv:2307.08691 (online softmax, recomputed backward), written as XLA loops.
     """
+    if isinstance(impl, Shared):
+        see = dict(q_pos=q_pos, k_pos=k_pos, bias=bias, q_segment=q_segment, k_segment=k_segment, causal=causal, window=window)
+        return impl.attention(q, k, v, **see, softcap=softcap, scale=scale, diagonal=diagonal, out_dtype=out_dtype)
     if impl in _PLATFORMS:
         raise NotImplementedError(f"impl={impl!r}: attention has no kernel for {_PLATFORMS[impl]} yet; use impl='xla' or 'auto'")
     if impl not in ("auto", "xla"):

@@ -21,6 +21,7 @@ from jaxtok.decode.lookahead import look_ahead
 from jaxtok.models import blocks, cached, decoder, steps
 from jaxtok.models.config import Config
 from jaxtok.models.decoder import PLAIN
+from jaxtok.ops.attention import Impl
 
 
 class Heads(NamedTuple):
@@ -38,7 +39,7 @@ def calibrate_heads(
     needle: Bool[Array, "b n"],
     *,
     new: int,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Heads:
     """How much each query head looks at a needle in a haystack while the model repeats it.
 
@@ -78,7 +79,7 @@ def calibrate_layers(
     *,
     answer_live: Bool[Array, "b t"] | None = None,
     key: Array | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> Float[Array, " l"]:
     """How much the output of each layer's attention changes when `method` has compressed that layer's cache.
 

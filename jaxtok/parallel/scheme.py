@@ -1,0 +1,178 @@
+"""Attention of a model whose sequence several devices share: give it to prefill, generate and step as `impl`."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from jaxtok.ops import evidence
+from jaxtok.ops.attention import Shared, attention
+from jaxtok.parallel.columns import ring_received
+from jaxtok.parallel.layout import Layout
+from jaxtok.parallel.ring import ring_attention
+from jaxtok.parallel.token_ring import token_ring_attention
+from jaxtok.parallel.ulysses import gathered_attention, ulysses_attention
+
+SCHEMES: dict[str, Callable[..., Any]] = {
+    "ring": ring_attention,
+    "token_ring": token_ring_attention,
+    "ulysses": ulysses_attention,
+    "gathered": gathered_attention,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spread(Shared):
+    """Sequences cut over the `sequence` axis of a mesh, batches over `data`, heads over `tensor` (axes that the mesh lacks are not cut).
+
+        mesh = parallel.make_mesh(data=1, sequence=8, tensor=1)
+        spread = parallel.Spread(mesh=mesh, scheme="ring", layout="zigzag")
+        tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=64, impl=spread)
+
+    Everything outside attention is one program over global arrays, which XLA cuts along. A prefill lays its rows out once, and its caches come
+    out in their own order, cut over the sequence; compressors see them whole, so they keep exactly what they keep on one device.
+    A step reads each device's slots and merges by the logsumexp. The rows of a prefill must be a multiple of the shards (zigzag: twice):
+    pad them at the left, dead.
+
+    Raises:
+      ValueError: the scheme, the layout or the mesh is none; `sequence` is no axis of the mesh.
+    """
+
+    mesh: Mesh
+    scheme: str = "ring"
+    layout: str = "zigzag"
+    data: str = "data"
+    sequence: str = "sequence"
+    tensor: str = "tensor"
+
+    def __post_init__(self):
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme {self.scheme!r} must be one of {', '.join(SCHEMES)}")
+        if self.sequence not in self.mesh.shape:
+            raise ValueError(f"the mesh has the axes {', '.join(self.mesh.axis_names)}, and none is called {self.sequence!r}")
+        self.cut  # noqa: B018  (made to check the layout)
+
+    @property
+    def n(self) -> int:
+        return self.mesh.shape[self.sequence]
+
+    @property
+    def cut(self) -> Layout:
+        return Layout(self.layout, self.n)
+
+    # --- where arrays stand ---------------------------------------------------------------------------------------------------
+
+    def spec(self, *axes: str | None) -> P:
+        """data, sequence and tensor by name; None = not cut."""
+        names = {"data": self.data, "sequence": self.sequence, "tensor": self.tensor}
+        return P(*(names[a] if a is not None and names[a] in self.mesh.shape else None for a in axes))
+
+    def hold(self, x: Array, *axes: str | None) -> Array:
+        """x cut so, where its sizes allow."""
+        fits = [a if a is not None and not x.shape[i] % self.mesh.shape.get(getattr(self, a), 1) else None for i, a in enumerate(axes)]
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*fits)))
+
+    def rows(self, t: int) -> int:
+        """Rows that t tokens take."""
+        return self.cut.padded(t)
+
+    def place(self, x: Array, axis: int = 1) -> Array:
+        """Rows in the order of the layout."""
+        if x.shape[axis] != self.cut.padded(x.shape[axis]):
+            raise ValueError(
+                f"{x.shape[axis]} rows cannot be cut into {self.n} equal shards ({self.layout}); pad them at the left to {self.cut.padded(x.shape[axis])}"
+            )
+        return x if self.layout == "contiguous" else self.cut.place(x, axis=axis)
+
+    def restore(self, x: Array, axis: int = 1) -> Array:
+        """Rows in their own order."""
+        return x if self.layout == "contiguous" else self.cut.restore(x, x.shape[axis], axis=axis)
+
+    def last(self, x: Array, w: int, axis: int) -> Array:
+        """The last w tokens of rows in the order of the layout."""
+        if self.layout == "contiguous":
+            return lax.slice_in_dim(x, x.shape[axis] - w, x.shape[axis], axis=axis)
+        at = jnp.argsort(jnp.asarray(self.cut.order(x.shape[axis])))[x.shape[axis] - w :]
+        return jnp.take(x, at, axis)
+
+    # --- what attention and its evidence are ----------------------------------------------------------------------------------
+
+    def _mapped(self, run: Callable[..., Any], arrays: dict[str, Array | None], specs: dict[str, P], out: Any) -> Any:
+        given = {name: x for name, x in arrays.items() if x is not None}
+        call = jax.shard_map(lambda given: run(**given), mesh=self.mesh, in_specs=({n: specs[n] for n in given},), out_specs=out)
+        return call(given)
+
+    def _specs(self, q, k, k_pos, whole: bool = False) -> dict[str, P]:
+        heads = "tensor" if not k.shape[1] % self.mesh.shape.get(self.tensor, 1) else None
+        data = "data" if not q.shape[0] % self.mesh.shape.get(self.data, 1) else None
+        own = None if whole else "sequence"
+        rows, keys = self.spec(data, own), self.spec(data, "sequence")
+        of = lambda own: self.spec(data, heads, own)
+        return {
+            "q": of(own), "k": of("sequence"), "v": of("sequence"), "bias": of("sequence"), "lse": of(own), "q_pos": rows, "q_segment": rows,
+            "k_segment": keys, "k_pos": of("sequence") if k_pos.ndim == 3 else keys,
+        }  # fmt: skip
+
+    def attention(
+        self, q, k, v, *, q_pos, k_pos, bias=None, q_segment=None, k_segment=None, diagonal=None, **options
+    ) -> tuple[Array, Array]:
+        """As `ops.attention.attention`: of the rows of a prefill by the scheme, of a step over a cache by a split read."""
+        arrays = dict(q=q, k=k, v=v, q_pos=q_pos, k_pos=k_pos, bias=bias, q_segment=q_segment, k_segment=k_segment)
+        if k.shape[2] % self.n:  # a cache that is not cut
+            return attention(**arrays, diagonal=diagonal, **options)
+        whole = q.shape[2] != k.shape[2]
+        specs = self._specs(q, k, k_pos, whole)
+        if not whole:
+            run = functools.partial(SCHEMES[self.scheme], axis=self.sequence, layout=self.layout, **options)
+        else:
+            run = functools.partial(_split, axis=self.sequence, out_dtype=options.pop("out_dtype", None) or q.dtype, **options)
+        return self._mapped(run, arrays, specs, (specs["q"], specs["lse"]))
+
+    def received(self, q, k, lse, *, q_pos, k_pos, bias=None, diagonal=None, **options) -> Array:
+        """As `ops.evidence.received`."""
+        specs = self._specs(q, k, k_pos)
+        arrays = dict(q=q, k=k, lse=lse, q_pos=q_pos, k_pos=k_pos, bias=bias)
+        run = functools.partial(ring_received, axis=self.sequence, layout=self.layout, **options)
+        return self._mapped(run, arrays, specs, specs["lse"])
+
+    def some_rows(self, q, k, lse, *, q_pos, k_pos, bias=None, **options) -> Array:
+        """As `ops.evidence.rows`, for a few queries that all devices know."""
+        specs = self._specs(q, k, k_pos, whole=True)
+        arrays = dict(q=q, k=k, lse=lse, q_pos=q_pos, k_pos=k_pos, bias=bias)
+        data, heads = specs["q"][0], specs["q"][1]
+        run = lambda q, k, lse, **see: evidence.rows(q, k, lse, **see, **options)
+        return self._mapped(run, arrays, specs, P(data, heads, None, self.sequence))
+
+
+def _split(q, k, v, *, axis: str, out_dtype, **see) -> tuple[Array, Array]:
+    """Attention of queries that all devices know to the keys of all of them: each to its own, merged by the logsumexp."""
+    out, lse = attention(q, k, v, out_dtype=jnp.float32, **see)
+    top = lax.pmax(lax.stop_gradient(lse), axis)
+    top = jnp.where(top > -jnp.inf, top, 0.0)
+    mass = jnp.exp(lse - top)
+    total = lax.psum(mass, axis)
+    some = total > 0
+    norm = jnp.where(some, total, 1.0)
+    out = lax.psum(mass[..., None] * out, axis) / norm[..., None]
+    return out.astype(out_dtype), jnp.where(some, top + jnp.log(norm), -jnp.inf)
+
+
+def make_mesh(*, data: int = 1, sequence: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+    """One mesh (data, sequence, tensor) over the first devices, which XLA cuts arrays along by itself.
+
+    Raises:
+      ValueError: there are not so many devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    many = data * sequence * tensor
+    if min(data, sequence, tensor) < 1 or many > len(devices):
+        raise ValueError(f"data={data}, sequence={sequence}, tensor={tensor} want {many} devices, and there are {len(devices)}")
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh((data, sequence, tensor), ("data", "sequence", "tensor"), axis_types=auto, devices=devices[:many])

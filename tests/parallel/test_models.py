@@ -1,0 +1,85 @@
+"""A model whose sequence 4 devices share: caches, kept sets and continuations of one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtok.core.recipe import Recipe
+from jaxtok.decode import generate
+from jaxtok.methods import H2O, KeyDiff, Quest, SnapKV, StreamingLLM, TokenSelect
+from jaxtok.models import blocks, decoder
+from jaxtok.models.config import Config
+from jaxtok.parallel import Spread, make_mesh
+
+CFG = Config(vocab=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=16)
+PARAMS = blocks.init(CFG, jax.random.key(0))
+T, NEW = 32, 4
+RECIPES = {
+    "plain": Recipe(),
+    "snapkv": Recipe(cache=SnapKV(capacity=12, window=4, pool=3)),
+    "keydiff": Recipe(cache=KeyDiff(capacity=12)),
+    "h2o": Recipe(policy=H2O(capacity=12)),
+    "streaming_llm": Recipe(policy=StreamingLLM(capacity=12, sinks=2)),
+    "quest": Recipe(reader=Quest(pages=3, block=4, dense_layers=0)),
+    "tokenselect": Recipe(reader=TokenSelect(top_k=8)),
+}
+
+
+@functools.cache
+def prompts():
+    ids = jax.random.randint(jax.random.key(1), (2, T), 0, CFG.vocab)
+    live = jnp.arange(T)[None] >= jnp.asarray([0, 5])[:, None]
+    return ids, live
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(recipe, impl, params, ids, live):
+    tokens, layers = decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, live), recipe, new=NEW, impl=impl)
+    made = generate(CFG, params, tokens, layers, recipe, new=NEW, eos=(), impl=impl)
+    return tokens.x[:, -1], [part.kv for (part,) in layers], made.ids
+
+
+def compare(found, want):
+    (x, caches, ids), (x_, caches_, ids_) = jax.device_get((found, want))
+    np.testing.assert_allclose(x, x_, atol=2e-5)
+    for a, b in zip(caches, caches_, strict=True):
+        slots = b.pos.shape[2]
+        np.testing.assert_array_equal(a.pos[..., :slots], b.pos)
+        assert (a.pos[..., slots:] < 0).all()
+        live = (b.pos >= 0)[..., None]
+        np.testing.assert_allclose(a.k[:, :, :slots] * live, b.k * live, atol=2e-5)
+        np.testing.assert_allclose(a.v[:, :, :slots] * live, b.v * live, atol=2e-5)
+    np.testing.assert_array_equal(ids, ids_)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shared_sequence_gives_what_one_device_gives(name):
+    spread = Spread(mesh=make_mesh(sequence=4), layout="zigzag")
+    found = run(RECIPES[name], spread, PARAMS, *prompts())
+    compare(found, run(RECIPES[name], "auto", PARAMS, *prompts()))
+    if name == "plain":
+        k = found[1][0].k
+        assert k.sharding.shard_shape(k.shape)[2] == k.shape[2] // 4
+
+
+@pytest.mark.parametrize("scheme, layout, mesh", [("ring", "contiguous", (1, 4, 2)), ("ulysses", "contiguous", (2, 2, 1)), ("gathered", "striped", (1, 4, 1)), ("token_ring", "zigzag", (2, 2, 2))])  # fmt: skip
+def test_schemes_and_meshes(scheme, layout, mesh):
+    data, sequence, tensor = mesh
+    spread = Spread(mesh=make_mesh(data=data, sequence=sequence, tensor=tensor), scheme=scheme, layout=layout)
+    compare(run(RECIPES["snapkv"], spread, PARAMS, *prompts()), run(RECIPES["snapkv"], "auto", PARAMS, *prompts()))
+
+
+def test_refused():
+    spread = Spread(mesh=make_mesh(sequence=4))
+    ids, live = prompts()
+    with pytest.raises(ValueError, match="pad them at the left to 32"):
+        jax.eval_shape(functools.partial(run, RECIPES["plain"], spread), PARAMS, ids[:, :30], live[:, :30])
+    with pytest.raises(ValueError, match="none is called 'time'"):
+        Spread(mesh=make_mesh(sequence=2), sequence="time")
+    with pytest.raises(ValueError, match="want 16 devices"):
+        make_mesh(data=2, sequence=8)
+    with pytest.raises(ValueError, match="must be one of ring"):
+        Spread(mesh=make_mesh(sequence=2), scheme="tree")
