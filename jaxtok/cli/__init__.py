@@ -1,4 +1,4 @@
-"""The command line: `jaxtok list`, `jaxtok generate`, `jaxtok compare`, `jaxtok show` (also `python -m jaxtok`).
+"""The command line: `jaxtok list`, `jaxtok generate`, `jaxtok compare`, `jaxtok show`, `jaxtok launch` (also `python -m jaxtok`).
 
 What a user can get wrong (a method, a budget, a path, a checkpoint, an option) is one line on stderr and exit code 2; an interrupt is 130;
 141, without a word, when what reads the output stops reading.
@@ -15,6 +15,7 @@ import tyro
 
 from jaxtok.cli.compare import Compare
 from jaxtok.cli.generate import Generate
+from jaxtok.cli.launch import Launch
 from jaxtok.cli.listing import List
 from jaxtok.cli.show import Show
 
@@ -23,6 +24,7 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Launch, tyro.conf.subcommand("launch")]
 )
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core.rotary import rotate_by
 from jaxtok.models.config import Config
-from jaxtok.ops.attention import attention
+from jaxtok.ops.attention import Impl, Shared, attention
 
 Params = dict[str, Any]
 
@@ -248,10 +248,10 @@ def positions(live: Bool[Array | np.ndarray, "b n"]) -> Int[Array, "b n"]:
     return jnp.where(live, jnp.cumsum(live, axis=1, dtype=jnp.int32) - 1, -1)
 
 
-def _layer(cfg: Config, p: Params, x: Array, pos: Array, freq: Any, window: Any) -> Array:
+def _layer(cfg: Config, p: Params, x: Array, pos: Array, freq: Any, window: Any, impl: Impl) -> Array:
     q, k, v = qkv(cfg, p, x)
     q, k = rotate_by(q, pos, freq), rotate_by(k, pos, freq)
-    out, _ = attention(q, k, v, q_pos=pos, k_pos=pos, window=window, softcap=cfg.softcap, scale=cfg.scale, diagonal=0)
+    out, _ = attention(q, k, v, q_pos=pos, k_pos=pos, window=window, softcap=cfg.softcap, scale=cfg.scale, diagonal=0, impl=impl)
     return mlp(cfg, p, out_proj(cfg, p, x, out))
 
 
@@ -262,18 +262,25 @@ def hidden(
     live: Bool[Array | np.ndarray, "b n"] | None = None,
     *,
     remat: bool = True,
+    impl: Impl = "auto",
 ) -> Float[Array, "b n c"]:
     """The residual stream after the last layer (before the final norm) of the causal pass over whole sequences, without a cache.
 
     live marks the real tokens (None = all); padding may stand left or right, positions count live rows only. Rows that are
     dead come out finite and meaningless. Stacked layers are scanned, a tuple is unrolled; remat recomputes each layer's
-    inside in the backward pass, so that memory is one residual stream a layer.
+    inside in the backward pass, so that memory is one residual stream a layer. impl: as in `ops.attention`; over several devices
+    (`parallel.Spread`) windows must be the same in all layers or the layers a tuple.
     """
     if live is not None and live.shape != ids.shape:
         raise ValueError(f"live {live.shape} must have the shape of ids {ids.shape}")
     pos = positions(jnp.ones(ids.shape, bool) if live is None else live)
     x = embed(cfg, params, ids)
-    run = functools.partial(_layer, cfg)
+    if isinstance(impl, Shared):
+        x, pos = impl.hold(impl.place(x), "data", "sequence", None), impl.hold(impl.place(pos), "data", "sequence")
+        back = lambda x: impl.hold(impl.restore(x), "data", "sequence", None)
+    else:
+        back = lambda x: x
+    run = functools.partial(_layer, cfg, impl=impl)
     layers = params["layers"]
     freqs = [frequencies(cfg, i) for i in range(cfg.layers)]
     windows = [cfg.layer_window(i) for i in range(cfg.layers)]
@@ -284,7 +291,7 @@ def hidden(
             # window is static here: attention may skip blocks by it
             f = lambda p, x, pos, freq=freq, window=window: run(p, x, pos, freq, window)
             x = (jax.checkpoint(f) if remat else f)(p, x, pos)
-        return x
+        return back(x)
     if len(set(windows)) == 1 and len({f.tobytes() for f in freqs}) == 1:
         body = lambda x, p: (run(p, x, pos, freqs[0], windows[0]), None)
         xs = layers
@@ -293,7 +300,7 @@ def hidden(
         table = [_NO_WINDOW if w is None else w for w in windows]
         xs = (layers, jnp.asarray(np.stack(freqs)), jnp.asarray(table, jnp.int32))
     # prevent_cse is needed outside a scan only
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, xs)[0]
+    return back(jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, xs)[0])
 
 
 def forward(
@@ -303,6 +310,7 @@ def forward(
     live: Bool[Array | np.ndarray, "b n"] | None = None,
     *,
     remat: bool = True,
+    impl: Impl = "auto",
 ) -> Float[Array, "b n vocab"]:
     """Logits f32 of the next token at every row: `logits` of `hidden`."""
-    return logits(cfg, params, hidden(cfg, params, ids, live, remat=remat))
+    return logits(cfg, params, hidden(cfg, params, ids, live, remat=remat, impl=impl))

@@ -1,0 +1,81 @@
+"""Two real processes on localhost: the result of one, and an end within a minute when the other is killed."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxtok import cli
+from jaxtok.parallel import launch
+
+SCRIPT = pathlib.Path(__file__).with_name("joint.py")
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def environment(devices):
+    keep = {k: v for k, v in os.environ.items() if k not in launch.ENVIRONMENT}
+    return keep | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+
+
+def begin(where, process, *arguments):
+    command = [sys.executable, "-m", "jaxtok", "launch", "--coordinator", where, "--processes", "2", "--process", str(process)]
+    return subprocess.Popen([*command, "--", str(SCRIPT), *arguments], env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return f"localhost:{s.getsockname()[1]}"
+
+
+def test_two_processes_give_what_one_gives():
+    where = free()
+    both = [begin(where, i) for i in range(2)]
+    alone = subprocess.run([sys.executable, str(SCRIPT)], env=environment(4), capture_output=True, text=True, timeout=300)
+    said = [p.communicate(timeout=300) for p in both]
+    assert alone.returncode == 0, alone.stderr
+    assert [p.returncode for p in both] == [0, 0], said
+    one, two = json.loads(alone.stdout), json.loads(said[0][0].splitlines()[-1])
+    assert said[1][0] == "" and (one["processes"], two["processes"]) == (1, 2)
+    assert one["ids"] == two["ids"]
+    np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-6)
+    assert two["losses"][1] < two["losses"][0]
+
+
+def test_a_killed_process_ends_the_other_within_a_minute():
+    where = free()
+    both = [begin(where, i, "wait") for i in range(2)]
+    for p in both:
+        while "joined" not in p.stderr.readline():
+            assert p.poll() is None
+    both[1].send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    both[1].communicate()
+    _, err = both[0].communicate(timeout=60)
+    assert time.monotonic() - start < 60 and both[0].returncode != 0
+    assert any(word in err for word in ("heartbeat", "Connection closed", "unhealthy", "UNAVAILABLE", "disconnected")), err[-2000:]
+
+
+def test_refused(monkeypatch, capsys, tmp_path):
+    for name in launch.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    assert launch.initialize() is False
+    with pytest.raises(ValueError, match="give all three, or none"):
+        launch.initialize("localhost:1", 2)
+    with pytest.raises(ValueError, match="must be host:port"):
+        launch.initialize("localhost", 2, 0)
+    with pytest.raises(ValueError, match="process=2 must be one of 0 .. 1"):
+        launch.initialize("localhost:1", 2, 2)
+    monkeypatch.setenv("JAXTOK_PROCESSES", "two")
+    with pytest.raises(ValueError, match="coordinator=None"):
+        launch.initialize()
+    monkeypatch.delenv("JAXTOK_PROCESSES")
+    assert cli.main(["launch", str(tmp_path / "none.py")]) == 2
+    assert "no such script" in capsys.readouterr().err
