@@ -17,7 +17,12 @@ _SCHEDULERS = ("SLURM_JOB_ID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_AD
 
 
 def initialize(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, heartbeat: int = HEARTBEAT, timeout: int = 120
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    heartbeat: int = HEARTBEAT,
+    timeout: int = 120,
 ) -> bool:
     """Join the processes of one program; call it before anything that touches a device. True where there are several.
 

@@ -89,11 +89,24 @@ class Spread(Shared):
             raise ValueError(
                 f"{x.shape[axis]} rows cannot be cut into {self.n} equal shards ({self.layout}); pad them at the left to {self.cut.padded(x.shape[axis])}"
             )
-        return x if self.layout == "contiguous" else self.cut.place(x, axis=axis)
+        return self._exchanged(x, axis, home=False)
 
     def restore(self, x: Array, axis: int = 1) -> Array:
         """Rows in their own order."""
-        return x if self.layout == "contiguous" else self.cut.restore(x, x.shape[axis], axis=axis)
+        return self._exchanged(x, axis, home=True)
+
+    def _exchanged(self, x: Array, axis: int, home: bool) -> Array:
+        """Rows from one order to the other, each sent straight to the device that holds it then."""
+        if self.layout == "contiguous" or self.n == 1:
+            return x
+        c = x.shape[axis] // self.n
+        if self.layout == "striped" and c % self.n:
+            return self.cut.restore(x, x.shape[axis], axis=axis) if home else self.cut.place(x, axis=axis)
+        spec = P(*(self.sequence if i == axis else None for i in range(x.ndim)))
+        move = _striped if self.layout == "striped" else _zigzag
+        run = functools.partial(move, axis=axis, name=self.sequence, home=home)
+        names = frozenset((self.sequence,))  # other axes are left to XLA
+        return jax.shard_map(run, mesh=self.mesh, in_specs=spec, out_specs=spec, axis_names=names)(x)
 
     def last(self, x: Array, w: int, axis: int) -> Array:
         """The last w tokens of rows in the order of the layout."""
@@ -149,6 +162,33 @@ class Spread(Shared):
         data, heads = specs["q"][0], specs["q"][1]
         run = lambda q, k, lse, **see: evidence.rows(q, k, lse, **see, **options)
         return self._mapped(run, arrays, specs, P(data, heads, None, self.sequence))
+
+
+def _zigzag(x: Array, *, axis: int, name: str, home: bool) -> Array:
+    """Chunks r and 2n - 1 - r of device r, one of which is even, become chunks 2r and 2r + 1 (home), or back: two permutations."""
+    n, rank = lax.axis_size(name), lax.axis_index(name)
+    even = [r if r % 2 == 0 else 2 * n - 1 - r for r in range(n)]  # the even chunk of device r
+    odd = [r if r % 2 else 2 * n - 1 - r for r in range(n)]
+    first, second = jnp.split(x, 2, axis)
+    low = rank % 2 == 0  # whether chunk r is the even one
+    if home:
+        a, b = jnp.where(low, first, second), jnp.where(low, second, first)
+        a = lax.ppermute(a, name, [(r, even[r] // 2) for r in range(n)])
+        b = lax.ppermute(b, name, [(r, odd[r] // 2) for r in range(n)])
+        return jnp.concatenate([a, b], axis)
+    a = lax.ppermute(first, name, [(even[r] // 2, r) for r in range(n)])
+    b = lax.ppermute(second, name, [(odd[r] // 2, r) for r in range(n)])
+    return jnp.concatenate([jnp.where(low, a, b), jnp.where(low, b, a)], axis)
+
+
+def _striped(x: Array, *, axis: int, name: str, home: bool) -> Array:
+    """Every n-th token becomes a run of them (home), or back: one all-to-all."""
+    n, c = lax.axis_size(name), x.shape[axis]
+    cut = lambda x, sizes: x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+    if home:
+        got = lax.all_to_all(x, name, axis, axis, tiled=True)  # from each device the c/n tokens that come home
+        return jnp.swapaxes(cut(got, (n, c // n)), axis, axis + 1).reshape(x.shape)
+    return lax.all_to_all(jnp.swapaxes(cut(x, (c // n, n)), axis, axis + 1).reshape(x.shape), name, axis, axis, tiled=True)
 
 
 def _split(q, k, v, *, axis: str, out_dtype, **see) -> tuple[Array, Array]:

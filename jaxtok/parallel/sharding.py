@@ -17,7 +17,12 @@ DECODER: dict[str, int] = {
     r"^head$": -1,
 }
 ENCODER = {k: v for k, v in DECODER.items() if k not in (r"^embed$", r"^head$")}
-VLM = {r"^(?!vision/)(?:.*/)?(q|k|v|gate|up)$": -1, r"^(?!vision/)(?:.*/)?(q|k|v|gate|up)_bias$": -1, r"^(?!vision/)(?:.*/)?(o|down)$": -2, **ENCODER}
+VLM = {
+    r"^(?!vision/)(?:.*/)?(q|k|v|gate|up)$": -1,
+    r"^(?!vision/)(?:.*/)?(q|k|v|gate|up)_bias$": -1,
+    r"^(?!vision/)(?:.*/)?(o|down)$": -2,
+    **ENCODER,
+}
 
 
 def shardings(params: Any, mesh: Mesh, table: dict[str, int] = DECODER, *, tensor: str = "tensor", whole: tuple[str, ...] = ()) -> Any:

@@ -1,6 +1,7 @@
 """Bytes that a scheme sends, and the collectives that a compiled program holds."""
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ def sent(scheme: str, call: Call, *, backward: bool = False) -> Sent:
     if scheme == "gathered":
         return Sent(gather=(n - 1) * call.keys)
     if scheme == "ulysses":
-        g = call.g * n // _common(call.g, n)
+        g = call.g * n // math.gcd(call.g, n)
         rows = b * c * (width * d * (2 * call.h + 2 * g) + 4 * call.h + 4 * g * call.bias)
         pos = 4 * b * c * 2 * (1 + call.segments)
         inner = Sent()
@@ -83,10 +84,6 @@ def sent(scheme: str, call: Call, *, backward: bool = False) -> Sent:
             inner = sent("ring", dataclasses.replace(call, n=call.ring, c=n * c, h=call.h // n, g=g // n, ring=1))
         return Sent(permute=inner.permute, exchange=rows * (n - 1) // n, gather=pos * (n - 1))
     raise ValueError(f"scheme {scheme!r} must be one of ring, token_ring, ulysses, gathered")
-
-
-def _common(a: int, b: int) -> int:
-    return a if not b else _common(b, a % b)
 
 
 # --- what a compiled program holds ---------------------------------------------------------------------------------------------
@@ -168,7 +165,13 @@ def _devices(rest: str) -> int:
     if listed:
         return listed[1].count(",") + 1
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
-    return int(iota[2]) if iota else 1
+    if iota:
+        return int(iota[2])
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)  # 'axis_0'=1,'axis_1'=8  and those that take part
+    if not mesh:
+        return 1
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+    return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", mesh[2]))
 
 
 def _operands(made: str, kind: str, started: bool, devices: int) -> int:
@@ -181,7 +184,4 @@ def _operands(made: str, kind: str, started: bool, devices: int) -> int:
 
 
 def _product(dims: str) -> int:
-    out = 1
-    for n in filter(None, dims.split(",")):
-        out *= int(n)
-    return out
+    return math.prod(map(int, filter(None, dims.split(","))))

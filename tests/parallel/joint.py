@@ -35,7 +35,6 @@ def main() -> dict:
         tokens, layers = decoder.prefill(CFG, params, decoder.embed(CFG, params, ids), recipe, new=NEW, impl=spread)
         return generate(CFG, params, tokens, layers, recipe, new=NEW, eos=(), impl=spread).ids
 
-
     @jax.jit
     def update(params, ids):
         def loss(params):
@@ -60,7 +59,11 @@ def blocks_shapes():
 if __name__ == "__main__":
     if sys.argv[1:] == ["wait"]:
         print("joined", jax.process_index(), file=sys.stderr, flush=True)
-        step = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "d"), mesh=jax.make_mesh((jax.device_count(),), ("d",)), in_specs=jax.P("d"), out_specs=jax.P()))
+        step = jax.jit(
+            jax.shard_map(
+                lambda x: jax.lax.psum(x, "d"), mesh=jax.make_mesh((jax.device_count(),), ("d",)), in_specs=jax.P("d"), out_specs=jax.P()
+            )
+        )
         while True:
             jax.block_until_ready(step(jnp.ones(jax.device_count())))
             time.sleep(0.2)

@@ -83,3 +83,23 @@ def test_refused():
         make_mesh(data=2, sequence=8)
     with pytest.raises(ValueError, match="must be one of ring"):
         Spread(mesh=make_mesh(sequence=2), scheme="tree")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_memory_falls_with_the_devices(layout):
+    """64k tokens, four layers: what a device of 8 needs beside its parameters is at most a sixth of what one needs alone."""
+    cfg = Config(vocab=32, width=128, layers=4, heads=4, kv_heads=2, head_dim=32, hidden=448)
+    params = jax.eval_shape(lambda: blocks.init(cfg, jax.random.key(0)))
+
+    def prefill(impl, params, ids):
+        tokens, layers = decoder.prefill(cfg, params, decoder.embed(cfg, params, ids), new=0, impl=impl)
+        return tokens.x, [part.kv for (part,) in layers]
+
+    def nbytes(impl):
+        where = None if isinstance(impl, str) else jax.NamedSharding(impl.mesh, impl.spec("data", "sequence"))
+        ids = jax.ShapeDtypeStruct((1, 65_536), jnp.int32, sharding=where)
+        found = jax.jit(functools.partial(prefill, impl)).lower(params, ids).compile().memory_analysis()
+        return found.temp_size_in_bytes + found.output_size_in_bytes
+
+    share = nbytes(Spread(mesh=make_mesh(sequence=8), layout=layout)) / nbytes("auto")
+    assert share <= 1 / 6, share

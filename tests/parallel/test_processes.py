@@ -26,7 +26,9 @@ def environment(devices):
 
 def begin(where, process, *arguments):
     command = [sys.executable, "-m", "jaxtok", "launch", "--coordinator", where, "--processes", "2", "--process", str(process)]
-    return subprocess.Popen([*command, "--", str(SCRIPT), *arguments], env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*command, "--", str(SCRIPT), *arguments], env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def free():
@@ -71,7 +73,7 @@ def test_refused(monkeypatch, capsys, tmp_path):
         launch.initialize("localhost:1", 2)
     with pytest.raises(ValueError, match="must be host:port"):
         launch.initialize("localhost", 2, 0)
-    with pytest.raises(ValueError, match="process=2 must be one of 0 .. 1"):
+    with pytest.raises(ValueError, match=r"process=2 must be one of 0 \.\. 1"):
         launch.initialize("localhost:1", 2, 2)
     monkeypatch.setenv("JAXTOK_PROCESSES", "two")
     with pytest.raises(ValueError, match="coordinator=None"):
