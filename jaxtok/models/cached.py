@@ -162,6 +162,8 @@ def _attend_group(
         if unturned:
             turned_q, keys = place(q, kv, past.cursor, freqs)
     see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
+    if part is None:  # all heads have the same rows: less to mask, and less to hand on where devices share them
+        see |= {"k_pos": pos, "bias": bias if proportional else None}
     out, lse = attention(turned_q, keys, kv.v, impl=impl, diagonal=diagonal, **see)
     looked: dict[str, Any] = see
     look_lse = lse

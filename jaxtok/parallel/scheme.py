@@ -27,6 +27,8 @@ SCHEMES: dict[str, Callable[..., Any]] = {
     "gathered": gathered_attention,
 }
 
+MASKS = ("causal", "full", "window", "padding", "segments")  # each works with every scheme and layout
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spread(Shared):

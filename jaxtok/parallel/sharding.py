@@ -25,11 +25,20 @@ VLM = {
 }
 
 
-def shardings(params: Any, mesh: Mesh, table: dict[str, int] = DECODER, *, tensor: str = "tensor", whole: tuple[str, ...] = ()) -> Any:
+def shardings(
+    params: Any,
+    mesh: Mesh,
+    table: dict[str, int] = DECODER,
+    *,
+    tensor: str = "tensor",
+    whole: tuple[str, ...] = (),
+    also: str | None = None,
+) -> Any:
     """A NamedSharding for each leaf of params (arrays or ShapeDtypeStructs), by the first pattern that its path matches.
 
     A path is "layers/0/q"; stacked layers ("layers/q", a leading axis) go by the same table. An axis that the devices do not divide stays
     whole, as does what a pattern of `whole` names: with fewer KV heads than devices, ("(^|/)[kv]$", "(^|/)[kv]_bias$"), for a cut inside a head is no use.
+    also: a second axis of the mesh, which cuts the longest axis of matrices that is left (weights are then gathered where they are used).
     Give the result to `jax.device_put`, or its leaves by path to `models.load(sharding=...)`; see `by_path`.
 
     Raises:
@@ -44,6 +53,9 @@ def shardings(params: Any, mesh: Mesh, table: dict[str, int] = DECODER, *, tenso
         spec: list[str | None] = [None] * len(x.shape)
         if axis is not None and len(x.shape) >= -axis and not x.shape[axis] % mesh.shape[tensor]:
             spec[axis] = tensor
+        free = [i for i in range(len(x.shape)) if spec[i] is None and also is not None and not x.shape[i] % mesh.shape[also]]
+        if axis is not None and free:
+            spec[max(free, key=lambda i: x.shape[i])] = also
         return NamedSharding(mesh, P(*spec))
 
     return jax.tree_util.tree_map_with_path(one, params)

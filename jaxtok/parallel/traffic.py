@@ -147,8 +147,8 @@ def collectives(program: Any) -> list[Collective]:
                 found[kind, nbytes, devices] += times
             inner = times
             if op == "while":
-                rounds = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', rest)
-                inner = int(rounds[1]) * times if rounds and times is not None else None
+                rounds = _rounds(rest, bodies)
+                inner = rounds * times if rounds is not None and times is not None else None
             for called in re.findall(
                 r"(?:body|to_apply|calls|branch_computations|true_computation|false_computation)=\{?%?([\w.-]+(?:, %?[\w.-]+)*)", rest
             ):
@@ -158,6 +158,18 @@ def collectives(program: Any) -> list[Collective]:
 
     visit(entry, 1)
     return [Collective(kind, nbytes, times, devices) for (kind, nbytes, devices), times in found.items() if nbytes and times]
+
+
+def _rounds(rest: str, bodies: dict[str, list[str]]) -> int | None:
+    """How often a loop runs: as the compiler says, or from a condition `counter < constant` (loops of jax count from 0)."""
+    known = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', rest)
+    if known:
+        return int(known[1])
+    test = re.search(r"condition=%?([\w.-]+)", rest)
+    lines = bodies.get(test[1], []) if test else []
+    least = [line for line in lines if " compare(" in line and "direction=LT" in line and line.lstrip().startswith("ROOT")]
+    most = [found[1] for line in lines for found in [re.search(r"= [su]32\[\][^ ]* constant\((\d+)\)", line)] if found]
+    return int(most[0]) if len(least) == 1 and len(most) == 1 else None
 
 
 def _devices(rest: str) -> int:
