@@ -20,8 +20,8 @@ from jaxtok.core.rotary import rotate_by
 from jaxtok.core.score import change, moments
 from jaxtok.core.types import Evidence, Needs, Tokens
 from jaxtok.models import blocks
-from jaxtok.models.cached import observe
 from jaxtok.models.config import EncoderConfig
+from jaxtok.models.observe import observe
 from jaxtok.ops.attention import Impl, attention
 
 FAR = 2**14  # more columns of windows than a picture has

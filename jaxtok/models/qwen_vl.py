@@ -238,7 +238,16 @@ def validate(cfg: QwenVlConfig, recipe: Recipe) -> None:
 
 
 def see(
-    cfg: QwenVlConfig, params, laid: Laid, recipe: Recipe = PLAIN, *, told=None, keep=None, key=None, proportional=False, impl="auto"
+    cfg: QwenVlConfig,
+    params,
+    laid: Laid,
+    recipe: Recipe = PLAIN,
+    *,
+    told=None,
+    keep=None,
+    key=None,
+    proportional=False,
+    impl: Impl = "auto",
 ) -> Tokens:
     """What is left of each picture in the decoder's width, rows [b*i m c]; `source`: of each unit of `laid`, its row."""
     validate(cfg, recipe)

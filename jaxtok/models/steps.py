@@ -14,8 +14,9 @@ from jaxtok.core.score import moments
 from jaxtok.core.types import KV, Evidence, Needs, Part
 from jaxtok.core.vacate import vacate
 from jaxtok.models import blocks
-from jaxtok.models.cached import at_hand, attend_frozen, budget_of, observe, pad_slots, raw
+from jaxtok.models.cached import at_hand, attend_frozen, budget_of, pad_slots, raw
 from jaxtok.models.config import Config
+from jaxtok.models.observe import observe
 from jaxtok.ops.attention import Impl, attention, merge
 from jaxtok.ops.cache import append, block_slots, place, scatter
 from jaxtok.ops.offload import whole

@@ -28,47 +28,9 @@ from jaxtok.ops._chunked import (
     unfold,
     walk,
 )
+from jaxtok.ops._shared import Impl, Shared
 
 _PLATFORMS = {"pallas_tpu": "TPU", "pallas_gpu": "NVIDIA GPU", "interpret": "the Pallas interpreter"}
-
-
-class Shared:
-    """An `impl` under which several devices share a sequence: `jaxtok.parallel.Spread`."""
-
-    def attention(self, q: Array, k: Array, v: Array, **see: Any) -> tuple[Array, Array]:
-        """As `attention`, of arrays that are cut over devices."""
-        raise NotImplementedError
-
-    def received(self, q: Array, k: Array, lse: Array, **see: Any) -> Array:
-        """As `ops.evidence.received`."""
-        raise NotImplementedError
-
-    def some_rows(self, q: Array, k: Array, lse: Array, **see: Any) -> Array:
-        """As `ops.evidence.rows`, of the last of the rows."""
-        raise NotImplementedError
-
-    def place(self, x: Array, axis: int = 1) -> Array:
-        """Rows of a prefill as the devices hold them."""
-        raise NotImplementedError
-
-    def restore(self, x: Array, axis: int = 1) -> Array:
-        """Such rows in their own order."""
-        raise NotImplementedError
-
-    def last(self, x: Array, w: int, axis: int) -> Array:
-        """The last w of such rows, in their own order."""
-        raise NotImplementedError
-
-    def rows(self, t: int) -> int:
-        """The least number of rows, t or more, that the devices share equally."""
-        raise NotImplementedError
-
-    def hold(self, x: Array, *axes: str | None) -> Array:
-        """x cut over the axes of the mesh ("data", "sequence", "tensor"; None = not), where its sizes allow."""
-        raise NotImplementedError
-
-
-Impl = str | Shared
 
 
 def attention(
@@ -177,7 +139,8 @@ def _forward(spec, dtype, *args):
 
 def _backward(spec, dtype, saved, cotangents):
     q, k, v, *rest, out, lse = saved
-    dq, dk, dv, dbias = _gradients(spec, q, k, v, *rest, out, lse, *cotangents)
+    given: Any = (q, k, v, *rest, out, lse, *cotangents)
+    dq, dk, dv, dbias = _gradients(spec, *given)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dbias, None, None, None
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -38,7 +39,7 @@ def initialize(
     given = [coordinator, processes, process]
     if all(x is None for x in given) and any(name in os.environ for name in ENVIRONMENT):
         given = [os.environ.get(name) for name in ENVIRONMENT]
-    common = {"heartbeat_timeout_seconds": heartbeat, "initialization_timeout": timeout}
+    common: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat, "initialization_timeout": timeout}
     if all(x is None for x in given):
         if any(name in os.environ for name in _SCHEDULERS):
             jax.distributed.initialize(**common)

@@ -54,7 +54,8 @@ def ring_attention(
         raise ValueError(f"a zigzag shard is two chunks: {q.shape[2]} tokens a device must be an even number")
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys a device: queries and keys must be of the same tokens")
-    out, lse = _ring(sight, axis, *sides(q, k, v, q_pos, k_pos, bias, q_segment, k_segment))
+    both: Any = _ring(sight, axis, *sides(q, k, v, q_pos, k_pos, bias, q_segment, k_segment))
+    out, lse = both
     return out.astype(q.dtype if out_dtype is None else out_dtype), lse
 
 

@@ -53,8 +53,13 @@ def ulysses_attention(
     if h % (g * wide):
         raise ValueError(f"{g} KV heads, {wide} times each for {n} devices, do not divide {h} query heads; use ring attention")
     repeat = lambda x: x if x is None or wide == 1 else jnp.repeat(x, wide, 1)
-    heads = lambda x: None if x is None else lax.all_to_all(x, axis, 1, 2, tiled=True)
-    every = lambda x: None if x is None else lax.all_gather(x, axis, axis=1, tiled=True)
+
+    def heads(x) -> Any:
+        return None if x is None else lax.all_to_all(x, axis, 1, 2, tiled=True)
+
+    def every(x) -> Any:
+        return None if x is None else lax.all_gather(x, axis, axis=1, tiled=True)
+
     k_all = heads(repeat(k_pos)) if k_pos.ndim == 3 else every(k_pos)
     given: dict[str, Any] = dict(
         q_pos=every(q_pos), k_pos=k_all, bias=heads(repeat(bias)), q_segment=every(q_segment), k_segment=every(k_segment)
@@ -97,7 +102,10 @@ def gathered_attention(
     """
     Sight(layout=layout, causal=causal, window=window, softcap=softcap, scale=scale)
     (b, h, c, d), g = q.shape, k.shape[1]
-    every = lambda x, at: None if x is None else lax.all_gather(x, axis, axis=at, tiled=True)
+
+    def every(x, at: int) -> Any:
+        return None if x is None else lax.all_gather(x, axis, axis=at, tiled=True)
+
     shared_pos = every(k_pos, 1) if k_pos.ndim == 2 else None
     segment = every(k_segment, 1)
 
@@ -105,7 +113,7 @@ def gathered_attention(
         q, k, v, pos, bias = head
         pos = shared_pos if pos is None else every(pos, 1)[:, None]
         bias = None if bias is None else every(bias, 1)[:, None]
-        see = dict(q_pos=q_pos, k_pos=pos, bias=bias, q_segment=q_segment, k_segment=segment)
+        see: dict[str, Any] = dict(q_pos=q_pos, k_pos=pos, bias=bias, q_segment=q_segment, k_segment=segment)
         keys = every(k, 1)[:, None], every(v, 1)[:, None]
         return attention(q, *keys, causal=causal, window=window, softcap=softcap, scale=scale, out_dtype=out_dtype, **see)
 

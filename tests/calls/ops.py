@@ -44,6 +44,19 @@ case("ops.attention.attention")(
 )
 
 
+def gradients(q, k, v, dout, dlse, **see):
+    """With the values of the same call; numbers that are multiplied are of a size that their products have."""
+    q, k, v, dout, dlse = (jnp.clip(x, -1e3, 1e3) for x in (q, k, v, dout, dlse))
+    out, lse = attention.attention(q, k, v, **see)
+    return attention.gradients(q, k, v, out, lse, dout, dlse, **see)
+
+
+@case("ops.attention.gradients")
+def _(s):
+    more = lambda v: {"v": v.rows(s.b, s.g, s.n, s.d), "dout": v.rows(s.b, s.h, s.t, s.d), "dlse": v.floats(s.b, s.h, s.t)}
+    return Case(gradients, lambda v: operands(s, v) | more(v), how(s), infinite=True)
+
+
 @case("ops.attention.merge")
 def _(s):
     lse = lambda v: np.where(v.mask(s.b, s.h, s.t), v.floats(s.b, s.h, s.t), -np.inf).astype(np.float32)
