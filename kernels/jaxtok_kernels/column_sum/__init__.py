@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxtok_kernels.column_sum import tpu
+from jaxtok_kernels.column_sum import gpu, tpu
 from jaxtok_kernels.flash._block import check, given, make_spec
 
 
@@ -47,7 +47,7 @@ def column_sum(
     check(q, k, q_pos, k_pos, lse=lse, bias=bias, q_segment=q_segment, k_segment=k_segment)
     if not q.size or not k.size:
         return jnp.zeros((*q.shape[:2], k.shape[2]), jnp.float32)
-    return _column_sum(tpu.column_sum, spec, q, k, lse, bias, given(q_pos, k_pos, q_segment, k_segment))
+    return _column_sum((gpu if "gpu" in impl else tpu).column_sum, spec, q, k, lse, bias, given(q_pos, k_pos, q_segment, k_segment))
 
 
 def _run(kernel, spec, *arrays):

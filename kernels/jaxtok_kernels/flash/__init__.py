@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxtok_kernels.flash import tpu
+from jaxtok_kernels.flash import gpu, tpu
 from jaxtok_kernels.flash._block import check, given, make_spec
 
-_tpu = jax.jit(tpu.flash, static_argnums=0)  # an unrolled model traces it once for all its layers
+_tpu, _gpu = (jax.jit(f, static_argnums=0) for f in (tpu.flash, gpu.flash))  # an unrolled model traces it once for all its layers
 
 
 def flash(
@@ -83,4 +83,4 @@ def flash(
     if not q.size or not k.size or not v.size:  # nothing to read, or nobody to read it
         none = jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
         return (*none, jnp.zeros(2, jnp.int32)) if count else none
-    return _tpu(spec, q, k, v, bias, given(q_pos, k_pos, q_segment, k_segment))
+    return (_gpu if "gpu" in impl else _tpu)(spec, q, k, v, bias, given(q_pos, k_pos, q_segment, k_segment))

@@ -225,3 +225,12 @@ def capped(spec: Spec, y: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         return y, None
     unit = jnp.tanh(y / spec.softcap)
     return spec.softcap * unit, 1 - unit * unit
+
+
+def cotangents_of_logits(out, lse, dout, dlse) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What a backward pass takes for each row: dout, a finite lse, and shift, so that d logit = p (dout . v - shift)."""
+    live = lse > -jnp.inf
+    # A row that sees nothing is a constant: its cotangents, which may be NaN (log 0, 0/0 in the caller), stop here.
+    dout = jnp.where(live[..., None], dout, 0)
+    shift = jnp.where(live, jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), -1) - dlse, 0)
+    return dout, jnp.where(live, lse, 0), shift

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxtok_kernels.flash._block import Given, Spec, capped, dot, group, lanes, pad
+from jaxtok_kernels.flash._block import Given, Spec, capped, cotangents_of_logits, dot, group, lanes, pad
 from jaxtok_kernels.flash._grid import Grid, biases, column, make, run, tile_seen
 
 ROWS = {2: 1024, 4: 512}  # folded rows of a block, by bytes a number; half of that in the backward pass, which holds more of a tile
@@ -102,11 +102,8 @@ def _flash_forward(spec: Spec, q, k, v, bias, x: Given):
 
 def _flash_backward(spec: Spec, saved, cotangents):
     q, k, v, bias, x, out, lse = saved
-    live = lse > -jnp.inf
-    # A row that sees nothing is a constant: its cotangents, which may be NaN (log 0, 0/0 in the caller), stop here.
-    dout = jnp.where(live[..., None], cotangents[0], 0)
-    shift = jnp.where(live, jnp.sum(dout.astype(F32) * out.astype(F32), -1) - cotangents[1], 0)
-    given = q, k, v, bias, x, dout.astype(v.dtype), jnp.where(live, lse, 0), shift
+    dout, lse, shift = cotangents_of_logits(out, lse, *cotangents[:2])
+    given = q, k, v, bias, x, dout.astype(v.dtype), lse, shift
     dq = _to_queries(spec, *given)
     dk, dv, *dbias = _to_keys(spec, *given)
     return dq, dk, dv, (dbias[0] if dbias else None), None
