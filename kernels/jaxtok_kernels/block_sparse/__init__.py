@@ -53,7 +53,7 @@ def block_sparse(
     count: i32 [b e nq 2], counted where it happens: tiles computed, and key blocks fetched (K and V of a block are one). A tile is a listed
     block against the query block in all h/e heads. "xla" goes through all m entries of a list, whatever block_count, and says so.
 
-    impl: "pallas_tpu"; "pallas_gpu" (NVIDIA Hopper, 16-bit, forward only); "interpret" and "interpret_gpu" run those two in the Pallas
+    impl: "pallas_tpu"; "pallas_gpu" (NVIDIA Hopper, 16-bit dtypes); "interpret" and "interpret_gpu" run those two in the Pallas
     interpreter on any machine (the second from jax 0.11.2); "xla": gathers the m blocks of one query block at a time, cost
     proportional to m. Blocks that do not fit the tiles of the machine are rounded up in a copy of q, k, v; see tpu.py, gpu.py.
 
@@ -122,9 +122,9 @@ def _side(impl, grad=False):
     if impl == "xla":
         return xla
     if impl.endswith("gpu"):
-        from jaxtok_kernels.block_sparse import gpu
+        from jaxtok_kernels.block_sparse import gpu, gpu_grad
 
-        return gpu
+        return gpu_grad if grad else gpu
     from jaxtok_kernels.block_sparse import tpu, tpu_grad
 
     return tpu_grad if grad else tpu
