@@ -99,6 +99,26 @@ CASES = {
     "one query, one key": Case(h=1, t=1, s=1, bq=16, bk=16, density=1.0),
     "bf16": Case(b=2, h=4, e=0, g=1, t=40, bk=32, dtype="bfloat16", bias=True, density=1.0, counts="random", mask=0.8, softcap=5.0),
 }
+GPU = {  # for the interpreter of GPU kernels, which is slow
+    "two warpgroups": Case(h=2, t=40, s=66, bq=64, bk=64, dtype="bfloat16", density=1.0),
+    "lists of their own, blocks of several tiles": Case(
+        h=2,
+        e=2,
+        t=40,
+        s=200,
+        bq=24,
+        bk=136,
+        d=24,
+        c=80,
+        dtype="bfloat16",
+        density=1.0,
+        bias=True,
+        mask=0.7,
+        softcap=5.0,
+        window=150,
+        dead=0.1,
+    ),
+}
 _WIDE = dict(h=32, g=8, d=128, c=128, bq=128, bk=128, dtype="bfloat16")
 LARGE = {  # for lowering, full compiles and benchmarks
     "8k": Case(t=8192, s=8192, density=0.125, **_WIDE),

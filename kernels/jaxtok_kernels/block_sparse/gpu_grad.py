@@ -46,6 +46,8 @@ def backward(spec: Spec, q, k, v, bias, tables: Tables, out, lse, dout, dlse, *,
     keys = rows_of(k, spec.block_k, z.bk, z.d), rows_of(v, spec.block_k, z.bk, z.c), *sides_of(spec, z, bias, tables)
     how = bias is not None, tables.mask is not None, interpret
     dq = _dq(spec, z, how, rows, keys, tables)
+    if interpret:  # one kernel at a time: two at once wait for each other in the interpreter
+        dq, rows = lax.optimization_barrier((dq, rows))
     dq = untile(dq.reshape(*q.shape[:2], z.nq, z.bq, z.d), spec.block_q, *q.shape[2:])
     dk, dv, *dbias = _dkv(spec, z, how, rows, keys, tables)
     cut = lambda x, n, c: untile(x.reshape(z.b, z.g, z.nk, z.bk, -1), spec.block_k, n, c)
