@@ -1,6 +1,7 @@
 """The read kernel against its reference, its counters, its lowering, and what it refuses."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,54 @@ def test_lowers_for_tpu(name):
     assert "tpu_custom_call" in exported.mlir_module()
 
 
+@pytest.mark.py312
+@pytest.mark.parametrize("name", cases.LARGE)
+def test_lowers_for_gpu(name):
+    case = cases.LARGE[name]
+    if case.turned or case.dtype == "float32":
+        pytest.skip("GPUs take 16-bit keys that are stored rotated")
+    device = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
+    checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in ("mosaic_gpu", "mosaic_gpu_v2")]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        exported = jax.export.export(
+            jax.jit(lambda *a: read(*a, **case.options(), count=True, impl="pallas_gpu")), platforms=["cuda"], disabled_checks=checks
+        )(*case.structs())
+    assert "mosaic_gpu" in exported.mlir_module()
+
+
+@pytest.mark.py312
+@pytest.mark.parametrize("name", cases.GPU)
+def test_gpu_kernel_equals_the_reference(name):
+    if not hasattr(pytest.importorskip("jax.experimental.pallas.mosaic_gpu"), "InterpretGPUParams"):
+        pytest.skip("needs the GPU interpreter of jax >= 0.11.2")
+    case = cases.GPU[name]
+    given = arrays(case)
+    out, lse, counted = program(case, "interpret_gpu")(*given)
+    compare(case, out, lse)
+    first = jnp.arange(case.e, dtype=jnp.int32) % (case.e // case.g) == 0  # the list that has the count
+    listed = jnp.where(first, -(-case.s // 64), 0)[None] if case.full else jnp.sum(given[6] >= 0, -1)
+    np.testing.assert_array_equal(counted[..., 1], listed)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", ["v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("name", cases.LARGE)
+def test_compiles_for_a_chip(name, chip, monkeypatch):
+    """All the way, with libtpu: within the chip's VMEM, or the compiler refuses."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu: pip install 'jax[tpu]'")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    mesh = jax.sharding.Mesh(np.array(topologies.get_topology_desc(chip, platform="tpu").devices[:1]), ("x",))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    case = cases.LARGE[name]
+    fn = lambda a: read(*a, **case.options(), count=True, impl="pallas_tpu")
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(fn, in_shardings=where, out_shardings=where).lower(case.structs()).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+
+
 def test_refused():
     case = cases.Case()
     given = list(arrays(case))
@@ -88,3 +137,15 @@ def test_refused():
         call(*given, split=0)
     with pytest.raises(ValueError, match="ids are those of listed slots"):
         call(*given[:6], None, jnp.zeros((2, 2, 4), jnp.int32), jnp.ones(4))
+
+
+def test_refused_on_gpus():
+    pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    for match, case in {
+        "float32": cases.Case(),
+        "not turned on GPUs": cases.Case(turned=16, dtype="bfloat16"),
+        "multiples of 16": cases.Case(d=24, dtype="bfloat16"),
+        "multiples of 64": cases.CASES["bf16 rows"],
+    }.items():
+        with pytest.raises(NotImplementedError, match=match):
+            read(*arrays(case), **case.options(), impl="pallas_gpu")

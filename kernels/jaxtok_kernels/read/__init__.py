@@ -88,7 +88,7 @@ def read(
         found = tpu.read(q, q_pos, k, v, k_pos, bias, index, ids, freqs, block=block, stride=stride, **rest, interpret=impl == "interpret")
     out, lse, counted = found
     out, lse = merged(out, lse) if out.shape[2] > 1 else (out[:, :, 0], lse[:, :, 0])
-    return (out.astype(q.dtype), lse, jnp.sum(counted, 2)) if count else (out.astype(q.dtype), lse)
+    return (out.astype(q.dtype), lse) if counted is None else (out.astype(q.dtype), lse, jnp.sum(counted, 2))
 
 
 def merged(out: Float[Array, "b e p r c"], lse: Float[Array, "b e p r"]) -> tuple[Float[Array, "b e r c"], Float[Array, "b e r"]]:

@@ -92,6 +92,15 @@ CASES = {
     "nothing live": Case(dead=1.0),
     "one query": Case(r=1, e=2, g=1),
 }
+GPU = {  # small ones of what GPUs take, for the interpreter
+    "pages": Case(b=1, d=64, c=64, dtype="bfloat16", live=0.8),
+    "split pages of 24, 16 channels": Case(
+        b=1, g=1, e=2, r=2, block=24, s=240, m=9, d=16, c=48, dtype="bfloat16", split=2, window=99, softcap=5.0
+    ),
+    "rows": Case(b=1, g=1, block=1, m=70, s=90, d=64, c=64, dtype="float16", live=0.8),
+    "all": Case(b=1, full=True, e=4, r=3, s=197, d=32, c=16, dtype="bfloat16", split=2),
+    "nothing live": Case(b=1, g=1, d=16, c=16, dtype="bfloat16", dead=1.0),
+}
 LARGE = {  # for lowering and benchmarks
     "quest 16k": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=16, m=51, dtype="bfloat16"),
     "quest 128k": Case(b=1, g=8, e=8, r=4, s=131072, d=128, c=128, block=16, m=409, dtype="bfloat16"),
