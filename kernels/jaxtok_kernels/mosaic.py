@@ -38,19 +38,22 @@ def options(interpret: bool) -> dict[str, Any]:
     out: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(approx_math=False, lowering_semantics=plgpu.LoweringSemantics.Lane)}
     if not interpret:
         return out
-    if not hasattr(plgpu, "InterpretGPUParams"):
+    interpreter = getattr(plgpu, "InterpretGPUParams", None)
+    if interpreter is None:
         raise NotImplementedError(f"jax {jax.__version__} has no GPU interpreter (0.11.2 has); use impl='interpret'")
-    return out | {"interpret": plgpu.InterpretGPUParams()}
+    return out | {"interpret": interpreter()}
 
 
-def product(x, y, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
-    """x @ y of two tiles in shared memory."""
+def product(x, y: Any, dtype=jnp.float32, turned: bool = False) -> jax.Array:
+    """x @ y, or x @ y.T, of two tiles in shared memory."""
+    if turned:
+        y = y.transpose((1, 0)) if hasattr(y, "transpose") else plgpu.transpose_ref(y, (1, 0))
 
     def run(acc):
         plgpu.wgmma(acc, x, y)
         return acc[...]
 
-    return pl.run_scoped(run, plgpu.ACC(shape, dtype))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((int(x.shape[0]), int(y.shape[1])), dtype))
 
 
 def stream(n, fetch, use, state):

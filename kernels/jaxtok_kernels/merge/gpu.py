@@ -20,7 +20,7 @@ def match(a, c, bias, *, interpret: bool = False):
         a, c = _parts(a, (0, 0, 1, 0, 1, 2)), _parts(c, (0, 1, 0, 2, 1, 0))
     elif a.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"rows of {a.dtype} on GPUs; they are float32, bfloat16 or float16")
-    (b, n, d), m = a.shape, c.shape[1]
+    b, n, d = a.shape
     deep = -(-d // DEEP)
     a, c = (jnp.pad(x, ((0, 0), (0, 0), (0, deep * DEEP - d))) for x in (a, c))
     a, c, bias = mosaic.padded(a, 1, TILE), mosaic.padded(c, 1, WIDE), mosaic.padded(bias, 1, WIDE, -jnp.inf)
@@ -52,7 +52,7 @@ def match(a, c, bias, *, interpret: bool = False):
                     fetch(step + 1, 1 - slot)
 
                 plgpu.barrier_wait(there.at[slot])
-                score = score + mosaic.product(a_s.at[slot], plgpu.transpose_ref(c_s.at[slot], (1, 0)), (TILE, WIDE))
+                score = score + mosaic.product(a_s.at[slot], c_s.at[slot], turned=True)
                 plgpu.commit_smem()  # all have read before the next copies write
                 return score
 

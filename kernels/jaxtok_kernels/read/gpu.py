@@ -65,11 +65,11 @@ def read(
     parts = min(split or max(1, min(BUSY // (b * lists * steps), tiles // 4)), tiles)
     most = -(-tiles // parts)
     parts = -(-tiles // most)
-    pad = lambda x, n, fill=0: jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, n - x.shape[-1]),), constant_values=fill)
+    pad = lambda x, n, fill: jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, n - x.shape[-1]),), constant_values=fill)
     at = pad(at, parts * most * each, -1)
     lines = [pad(pick(x, fill), parts * most * TILE, fill) for x, fill in ((k_pos, -1), (bias, 0.0))]
     upto = jnp.max(jnp.where(at >= 0, jnp.arange(1, at.shape[2] + 1, dtype=jnp.int32)[None, None], 0).reshape(b, lists, parts, -1), -1)
-    upto = jnp.maximum(-(-upto // each) - jnp.arange(parts, dtype=jnp.int32) * most, 0)  # tiles of each part
+    upto = jnp.maximum(-(-upto // each) - jnp.arange(parts, dtype=jnp.int32)[None, None] * most, 0)  # tiles of each part
     short = min(-(-rows // 8) * 8, TILE)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, steps * TILE - rows), (0, 0)))
     q_pos = pad(q_pos, steps * TILE, -1)
@@ -173,21 +173,16 @@ def _kernel(at, upto, q, q_pos, k_pos, bias, k, v, out, lse, *rest, each, per, m
         slot = lax.rem(tile, jnp.int32(2))
         kept = 0 if raw else slot
         more = lax.cond(tile + 1 < n, lambda: fetch(tile + 1, 1 - slot), lambda: jnp.int32(0))
+        where = pl.ds((part * most + tile) * TILE, TILE)
+        theirs, extra = (along(mosaic.load(x.at[b, of, where], column)) for x in (k_pos, bias))
         plgpu.barrier_wait(k_there.at[slot])
         if raw:
             settle(raw[0], k_s, slot, tile)
-
-        def first(ref):
-            plgpu.wgmma(ref, q_s, plgpu.transpose_ref(k_s.at[kept], (1, 0)))
-            return ref[...]
-
-        logit = pl.run_scoped(first, plgpu.ACC((TILE, TILE), jnp.float32)) * scale
+        logit = mosaic.product(q_s, k_s.at[kept], turned=True) * scale
         logit = logit if softcap is None else softcap * jnp.tanh(logit / softcap)
-        where = pl.ds((part * most + tile) * TILE, TILE)
-        theirs = along(mosaic.load(k_pos.at[b, of, where], column))
         seen = (theirs >= 0) & (theirs <= down(mine))
         seen = seen if window is None else seen & (down(mine) - theirs < window)
-        logit = jnp.where(seen, logit + along(mosaic.load(bias.at[b, of, where], column)), -jnp.inf)
+        logit = jnp.where(seen, logit + extra, -jnp.inf)
         new = jnp.maximum(top, jnp.max(logit, axis=1))
         safe = jnp.where(new > -jnp.inf, new, 0.0)
         mass, fade = jnp.exp(logit - down(safe)), jnp.exp(top - safe)
@@ -197,11 +192,7 @@ def _kernel(at, upto, q, q_pos, k_pos, bias, k, v, out, lse, *rest, each, per, m
         if raw:
             settle(raw[1], v_s, slot, tile)
 
-        def second(ref):
-            plgpu.wgmma(ref, p_s, v_s.at[kept])
-            return ref[...]
-
-        value = pl.run_scoped(second, plgpu.ACC(acc.shape, jnp.float32))
+        value = mosaic.product(p_s, v_s.at[kept])
         plgpu.commit_smem()  # all have read before the next copies write
         return new, total * fade + jnp.sum(mass, axis=1), acc * down(fade, acc.shape[1]) + value, blocks + more
 

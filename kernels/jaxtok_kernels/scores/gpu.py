@@ -43,9 +43,7 @@ def page_bounds(q, low, high, *, group: str, interpret: bool = False):
         for x, to in copies:
             plgpu.copy_gmem_to_smem(x, to, there)
         plgpu.barrier_wait(there)
-        shape = TILE, heads
-        bound = mosaic.product(high_s, plgpu.transpose_ref(up_s, (1, 0)), shape)
-        bound = bound + mosaic.product(low_s, plgpu.transpose_ref(down_s, (1, 0)), shape)
+        bound = mosaic.product(high_s, up_s, turned=True) + mosaic.product(low_s, down_s, turned=True)
         out_s[...] = jnp.max(bound, axis=1) if group == "max" else jnp.sum(bound, axis=1) * (g / h if group == "mean" else 1.0)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_s, out.at[i, j, n])
@@ -99,7 +97,7 @@ def chunk_means(x, live, *, chunk: int, bounds: bool = False, interpret: bool = 
             mine_s[...] = jnp.where(mine, seen, 0.0).astype(x_s.dtype)
             plgpu.commit_smem()
             plgpu.barrier_wait(there.at[slot])
-            return total + mosaic.product(mine_s, x_s.at[slot], (TILE, d))
+            return total + mosaic.product(mine_s, x_s.at[slot])
 
         total = mosaic.stream(jnp.int32(chunk), fetch, use, plgpu.layout_cast(jnp.zeros((TILE, d), jnp.float32), MATRIX))
         out_s[...] = total
@@ -171,7 +169,7 @@ def low_bit(code, q_pos, k_pos, *, block_q: int, block_k: int, interpret: bool =
             @pl.when(sees(step))
             def _():
                 plgpu.barrier_wait(there.at[slot])
-                dot = mosaic.product(q_s, plgpu.transpose_ref(k_s.at[slot], (1, 0)), (TILE, wide), jnp.int32)
+                dot = mosaic.product(q_s, k_s.at[slot], jnp.int32, turned=True)
                 logit = dot.astype(jnp.float32) * step_ * along(dk.at[i, head, where]) + along(qk.at[i, j, where]) - off_
                 theirs = along(of.at[i, head, where])
                 logit = jnp.where((theirs >= 0) & (theirs <= at_), logit, NEVER)

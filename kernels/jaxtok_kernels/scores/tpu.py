@@ -1,6 +1,5 @@
 """Scores of pages, blocks and chunks on TPUs."""
 
-import functools
 from typing import Any
 
 import jax
