@@ -76,11 +76,9 @@ def test_lowers_for_tpu(name):
 
 
 @pytest.mark.py312
-@pytest.mark.parametrize("name", cases.LARGE)
+@pytest.mark.parametrize("name", ["quest 16k", "blocks of 51", "rows 16k", "all 128k"])  # pages, runs, single rows, everything
 def test_lowers_for_gpu(name):
     case = cases.LARGE[name]
-    if case.turned or case.dtype == "float32":
-        pytest.skip("GPUs take 16-bit keys that are stored rotated")
     device = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
     checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in ("mosaic_gpu", "mosaic_gpu_v2")]
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):

@@ -98,8 +98,8 @@ GPU = {  # small ones of what GPUs take, for the interpreter
         b=1, g=1, e=2, r=2, block=24, s=240, m=9, d=16, c=48, dtype="bfloat16", split=2, window=99, softcap=5.0
     ),
     "rows": Case(b=1, g=1, block=1, m=70, s=90, d=64, c=64, dtype="float16", live=0.8),
+    "rows of 128": Case(b=1, g=1, block=3, m=30, s=90, d=128, c=128, dtype="bfloat16", live=0.7, split=2),
     "all": Case(b=1, full=True, e=4, r=3, s=197, d=32, c=16, dtype="bfloat16", split=2),
-    "nothing live": Case(b=1, g=1, d=16, c=16, dtype="bfloat16", dead=1.0),
 }
 LARGE = {  # for lowering and benchmarks
     "quest 16k": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=16, m=51, dtype="bfloat16"),

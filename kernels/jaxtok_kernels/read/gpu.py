@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxtok_kernels import mosaic
 
-TILE = 64  # slots of a tile, and query rows of a block of threads
+TILE, THREADS = 64, 128  # slots of a tile, and query rows of a block of threads
 BUSY = 264  # blocks of threads that keep a chip busy, two a multiprocessor
 MEMORY = 220 * 1024  # bytes of shared memory
 UNITS = (64, 32, 16, 8)  # slots that one copy can put into a swizzled tile
@@ -22,8 +22,8 @@ def read(
 ):  # fmt: skip
     """The outputs of `jaxtok_kernels.read.read` per part: out f32 [b e parts r c], lse [b e parts r], counted i32 [b e parts 2] or None.
 
-    A copy takes 64, 32, 16 or 8 slots, the most that divides `block` and `stride`; other blocks come slot by slot, a copy each, and go
-    through registers into the tile. k_pos and bias of what is copied are gathered outside: 8 bytes a slot. A cache whose s is no multiple
+    A copy takes 64, 32, 16 or 8 slots, the most that divides `block` and `stride`; other blocks come slot by slot, through registers where
+    d and c are multiples of 128 (unused entries of a tile then load a listed slot again), else by a copy each, which is slow. k_pos and bias of what is copied are gathered outside: 8 bytes a slot. A cache whose s is no multiple
     of eight is copied first, unless its slots come one by one.
     """
     (b, g, s, d), (e, r), c = k.shape, q.shape[1:3], v.shape[3]
@@ -70,6 +70,8 @@ def read(
     lines = [pad(pick(x, fill), parts * most * TILE, fill) for x, fill in ((k_pos, -1), (bias, 0.0))]
     upto = jnp.max(jnp.where(at >= 0, jnp.arange(1, at.shape[2] + 1, dtype=jnp.int32)[None, None], 0).reshape(b, lists, parts, -1), -1)
     upto = jnp.maximum(-(-upto // each) - jnp.arange(parts, dtype=jnp.int32)[None, None] * most, 0)  # tiles of each part
+    direct = unit == 1 and d % THREADS == 0 and c % THREADS == 0
+    at = jnp.where(at < 0, -1 - jnp.maximum(jnp.max(at, -1, keepdims=True), 0), at) if direct else at
     short = min(-(-rows // 8) * 8, TILE)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, steps * TILE - rows), (0, 0)))
     q_pos = pad(q_pos, steps * TILE, -1)
@@ -82,14 +84,14 @@ def read(
         tile((TILE, TILE), q.dtype, mosaic.swizzle(c, q.dtype)),
         tile((TILE, c), jnp.dtype(jnp.float32)),
         plgpu.SMEM((TILE,), jnp.float32),
-        plgpu.SMEM((2, TILE, d), q.dtype) if unit == 1 else None,
-        plgpu.SMEM((2, TILE, c), q.dtype) if unit == 1 else None,
+        *(plgpu.SMEM((1, TILE, n + 8) if direct else (2, TILE, n), q.dtype) for n in (d, c) if unit == 1),  # 8: off the same banks
         plgpu.Barrier(num_arrivals=each, num_barriers=2),
         plgpu.Barrier(num_arrivals=each, num_barriers=2),
         plgpu.Barrier(),
     ]
     kernel = functools.partial(
         _kernel,
+        direct=direct,
         each=each,
         per=per,
         most=most,
@@ -105,7 +107,7 @@ def read(
     out, lse, *counted = plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct(*x) for x in shapes],
-        scratch_types=[x for x in scratch if x is not None],
+        scratch_types=scratch,
         grid=(b, lists, parts, steps),
         grid_names=("b", "list", "part", "step"),
         **mosaic.options(interpret),
@@ -120,7 +122,7 @@ def read(
     return apart(out), apart(lse), counted
 
 
-def _kernel(at, upto, q, q_pos, k_pos, bias, k, v, out, lse, *rest, each, per, most, heads, short, scale, softcap, window, count):
+def _kernel(at, upto, q, q_pos, k_pos, bias, k, v, out, lse, *rest, direct, each, per, most, heads, short, scale, softcap, window, count):
     *counted, q_s, k_s, v_s, p_s, out_s, lse_s = rest[: 6 + count]
     *raw, k_there, v_there, q_there = rest[6 + count :]
     b, of, part, step = (lax.axis_index(name) for name in ("b", "list", "part", "step"))
@@ -153,6 +155,8 @@ def _kernel(at, upto, q, q_pos, k_pos, bias, k, v, out, lse, *rest, each, per, m
 
             return blocks + jnp.where((begin >= 0) & (lax.rem(first + j, jnp.int32(per)) == 0), 1, 0)
 
+        if direct:
+            return jnp.int32(0)
         if raw:
             return lax.fori_loop(0, each, one, jnp.int32(0))
         blocks = jnp.int32(0)
@@ -160,9 +164,23 @@ def _kernel(at, upto, q, q_pos, k_pos, bias, k, v, out, lse, *rest, each, per, m
             blocks = one(j, blocks)
         return blocks
 
+    def gather(x, to, tile):
+        """Rows through registers, 16 on their way at once. How many blocks they begin."""
+        first, width, blocks = (part * most + tile) * each, x.shape[3], jnp.int32(0)
+        layout = plgpu.Layout.WG_STRIDED((width,), vec_size=width // THREADS)
+        for some in range(0, TILE, 16):
+            found = []
+            for j in range(some, some + 16):
+                begin = at[b, of, first + j]
+                found.append(mosaic.load(x.at[b, head, jnp.where(begin < 0, -1 - begin, begin)], layout))
+                blocks = blocks + jnp.where((begin >= 0) & (lax.rem(first + j, jnp.int32(per)) == 0), 1, 0)
+            for j, line in enumerate(found, some):
+                to.at[0, j, pl.ds(0, width)][...] = line
+        return blocks
+
     def settle(raw, whole, slot, tile):
         """Rows that came one by one, into the tile of the products; what no copy filled becomes 0."""
-        rows = mosaic.load(raw.at[slot], matrix)
+        rows = mosaic.load(raw.at[0, :, pl.ds(0, whole.shape[2])] if direct else raw.at[slot], matrix)
         live = mosaic.load(k_pos.at[b, of, pl.ds((part * most + tile) * TILE, TILE)], row) >= 0
         live = lax.broadcast_in_dim(live, rows.shape, [0])
         whole.at[0][...] = jnp.where(live, rows, jnp.zeros_like(rows))
@@ -175,7 +193,12 @@ def _kernel(at, upto, q, q_pos, k_pos, bias, k, v, out, lse, *rest, each, per, m
         more = lax.cond(tile + 1 < n, lambda: fetch(tile + 1, 1 - slot), lambda: jnp.int32(0))
         where = pl.ds((part * most + tile) * TILE, TILE)
         theirs, extra = (along(mosaic.load(x.at[b, of, where], column)) for x in (k_pos, bias))
-        plgpu.barrier_wait(k_there.at[slot])
+        if direct:
+            more = gather(k, raw[0], tile)
+            gather(v, raw[1], tile)
+            plgpu.commit_smem()
+        else:
+            plgpu.barrier_wait(k_there.at[slot])
         if raw:
             settle(raw[0], k_s, slot, tile)
         logit = mosaic.product(q_s, k_s.at[kept], turned=True) * scale
@@ -188,7 +211,8 @@ def _kernel(at, upto, q, q_pos, k_pos, bias, k, v, out, lse, *rest, each, per, m
         mass, fade = jnp.exp(logit - down(safe)), jnp.exp(top - safe)
         p_s[...] = mass.astype(q.dtype)
         plgpu.commit_smem()
-        plgpu.barrier_wait(v_there.at[slot])
+        if not direct:
+            plgpu.barrier_wait(v_there.at[slot])
         if raw:
             settle(raw[1], v_s, slot, tile)
 
