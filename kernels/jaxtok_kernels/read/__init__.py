@@ -50,8 +50,9 @@ def read(
     count: one more output, i32 [b e 2] counted inside the kernel: tiles of keys that were attended to, and blocks of keys that were
     fetched, the listed ones exactly (index=None: tiles; the lists of a KV head share them, and the first of them has the count).
 
-    impl: "pallas_tpu", or "interpret", which runs that kernel in the Pallas interpreter on any machine; "pallas_gpu" (Hopper, q, k and v
-    of one 16-bit type) or "interpret_gpu" (jax >= 0.11.2).
+    impl: "pallas_tpu", or "interpret", which runs that kernel in the Pallas interpreter on any machine; "pallas_gpu" (Hopper; q, k and v
+    of one 16-bit type, d and c multiples of 16, of 64 where blocks or strides are no multiple of eight, 384 in all at most, else
+    NotImplementedError) or "interpret_gpu" (jax >= 0.11.2). No gradients: a read-time kernel.
 
     Bytes: listed blocks of k, v, 8 a listed slot for positions and biases, q, out; with parts, 4 (c + 1) a row and part, there and back.
     ValueError: shapes that do not fit.

@@ -17,7 +17,8 @@ def page_bounds(
     max(q, 0) . high_p + min(q, 0) . low_p; then the max, mean or sum (`group`) over the h/g query heads of a KV head (head i reads i // (h/g)).
 
     low = high = the key gives q.k. Made and reduced in one pass: bytes: low, high, q once, 4 a page and KV head; the bounds of the
-    single query heads never reach memory. On GPUs q, low and high are of one 16-bit type.
+    single query heads never reach memory. On GPUs q, low and high are of one 16-bit type and
+    d is a multiple of 16 up to 256 (NotImplementedError).
     ValueError: shapes that do not fit, an unknown group or impl.
     """
     _known(impl)
@@ -41,7 +42,7 @@ def chunk_means(
     bounds: also the smallest and the largest live row, channel by channel, in x's dtype (zeros where none is live), from the same one
     read of x: (mean, low, high), for chunks of 256 rows at most and not on GPUs (NotImplementedError).
 
-    Bytes: x once, 4 a row for `live`, the outputs. ValueError: shapes that do not fit, chunk < 1.
+    Bytes: x once, 4 a row for `live`, the outputs. On GPUs x is of a 16-bit type and d a multiple of 16 up to 256 (NotImplementedError). ValueError: shapes that do not fit, chunk < 1.
     """
     _known(impl)
     b, h, n, d = x.shape
