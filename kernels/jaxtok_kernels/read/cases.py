@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -25,8 +27,10 @@ class Case:
     dead: float = 0.1  # share of slots without a token
     stride: int | None = None
     turned: int = 0  # channels that turn by an id of each listed slot
+    split: int | None = None
+    full: bool = False  # every slot is read, without a table
 
-    def arrays(self, seed: int = 0) -> tuple[np.ndarray, ...]:
+    def arrays(self, seed: int = 0) -> tuple[np.ndarray | None, ...]:
         """q, q_pos, k, v, k_pos, bias, index (and ids, freqs) as numpy (float32; cast q, k, v to `dtype`)."""
         rng = np.random.default_rng(seed)
         normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
@@ -40,13 +44,24 @@ class Case:
         bias = np.log(rng.integers(1, 4, k_pos.shape)).astype(np.float32)
         rows = lambda heads, n, d: normal(self.b, heads, n, d)
         out = rows(self.e, self.r, self.d), q_pos, rows(self.g, self.s, self.d), rows(self.g, self.s, self.c), k_pos, bias, index
+        if self.full:
+            return *out[:-1], None
         if not self.turned:
             return out
         ids = rng.integers(0, self.s, (self.b, self.e, self.m * self.block)).astype(np.int32)
         return *out, ids, (10_000.0 ** -np.linspace(0, 1, self.turned // 2)).astype(np.float32)
 
+    def structs(self) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+        """The shapes of `arrays`, q, k, v in `dtype`."""
+        of, kind, whole = jax.ShapeDtypeStruct, jnp.dtype(self.dtype), jnp.int32
+        b, slots, n = self.b, (self.b, self.g, self.s), self.m * self.block
+        q, k, v = (of(x, kind) for x in ((b, self.e, self.r, self.d), (*slots, self.d), (*slots, self.c)))
+        out = q, of((b, self.r), whole), k, v, of(slots, whole), of(slots, jnp.float32)
+        turned = (of((b, self.e, n), whole), of((self.turned // 2,), jnp.float32)) if self.turned else ()
+        return *out, None if self.full else of((b, self.e, self.m), whole), *turned
+
     def options(self) -> dict:
-        return dict(block=self.block, stride=self.stride, scale=self.d**-0.5, softcap=self.softcap, window=self.window)
+        return dict(block=self.block, stride=self.stride, scale=self.d**-0.5, softcap=self.softcap, window=self.window, split=self.split)
 
 
 CASES = {
@@ -66,9 +81,25 @@ CASES = {
     "unrotated blocks of 51": Case(turned=32, block=51, s=51 * 6, e=8, r=1, m=1, dtype="bfloat16"),
     "a run of rows": Case(block=5, stride=1, s=64, e=8, r=1, m=1, turned=32),
     "a run of bf16 rows": Case(block=50, stride=1, s=306, e=8, r=1, m=1, dtype="bfloat16"),
+    "split": Case(s=1024, block=16, m=40, live=0.7, split=2, b=1),
+    "split rows": Case(block=1, s=700, m=600, b=1, split=3, dtype="bfloat16"),
+    "split unrotated pages": Case(s=1024, block=16, m=40, live=0.7, split=3, b=1, turned=32),
+    "all": Case(full=True, e=8, r=3, s=700, split=1),
+    "all, split": Case(full=True, s=2100, split=3, d=64, c=16, dead=0.6, softcap=5.0, b=1),
+    "all bf16": Case(full=True, s=40, dtype="bfloat16", window=20, g=1, e=8, r=1),
+    "all, nothing live": Case(full=True, dead=1.0),
     "nothing listed": Case(live=0.0),
     "nothing live": Case(dead=1.0),
     "one query": Case(r=1, e=2, g=1),
+}
+GPU = {  # small ones of what GPUs take, for the interpreter
+    "pages": Case(b=1, d=64, c=64, dtype="bfloat16", live=0.8),
+    "split pages of 24, 16 channels": Case(
+        b=1, g=1, e=2, r=2, block=24, s=240, m=9, d=16, c=48, dtype="bfloat16", split=2, window=99, softcap=5.0
+    ),
+    "rows": Case(b=1, g=1, block=1, m=70, s=90, d=64, c=64, dtype="float16", live=0.8),
+    "rows of 128": Case(b=1, g=1, block=3, m=30, s=90, d=128, c=128, dtype="bfloat16", live=0.7, split=2),
+    "all": Case(b=1, full=True, e=4, r=3, s=197, d=32, c=16, dtype="bfloat16", split=2),
 }
 LARGE = {  # for lowering and benchmarks
     "quest 16k": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=16, m=51, dtype="bfloat16"),
@@ -78,5 +109,9 @@ LARGE = {  # for lowering and benchmarks
     "rows 16k f32": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=1, m=819),
     "unrotated pages": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=16, m=51, turned=128, dtype="bfloat16"),
     "unrotated blocks of 51": Case(b=1, g=8, e=128, r=4, s=16320, d=128, c=128, block=51, m=1, turned=128, dtype="bfloat16"),
+    "split rows": Case(b=1, g=1, e=1, r=8, s=131072, d=128, c=128, block=1, m=65536, dtype="bfloat16", split=4),
+    "unrotated, split": Case(b=1, g=8, e=8, r=4, s=131072, d=128, c=128, block=16, m=2048, turned=128, dtype="bfloat16"),
+    "all 128k": Case(b=1, g=8, e=8, r=4, s=131072, d=128, c=128, full=True, dtype="bfloat16"),
+    "all 128k f32": Case(b=1, g=1, e=1, r=8, s=131072, d=128, c=128, full=True),
     "rows 16k": Case(b=1, g=8, e=8, r=4, s=16384, d=128, c=128, block=1, m=819, dtype="bfloat16"),
 }

@@ -11,18 +11,20 @@ def read(
     v: Float[Array, "b g s c"],
     k_pos: Int[Array, "b g s"],
     bias: Float[Array, "b g s"],
-    index: Int[Array, "b e m"],
+    index: Int[Array, "b e m"] | None,
     ids: Int[Array, "b e n"] | None = None,
     freqs: Float[Array, " f"] | None = None,
     *,
-    block: int,
+    block: int = 1,
     stride: int | None = None,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
 ) -> tuple[Float[Array, "b e r c"], Float[Array, "b e r"]]:
     """See `jaxtok_kernels.read.read`."""
-    (b, g, s, _), e = k.shape, index.shape[1]
+    (b, g, s, _), e = k.shape, q.shape[1]
+    if index is None:
+        index, block, stride = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32)[None, None], (b, e, s)), 1, 1
     within = jnp.arange(s, dtype=jnp.int32)[None, None, :, None] - index[:, :, None] * (block if stride is None else stride)
     listed = jnp.any((index[:, :, None] >= 0) & (within >= 0) & (within < block), -1)  # [b e s]
     wide = lambda x: jnp.repeat(x, e // g, 1)
@@ -38,7 +40,7 @@ def read(
         x, y = keys[..., :f], keys[..., f : 2 * f]
         turned = x * jnp.cos(angle) - y * jnp.sin(angle), y * jnp.cos(angle) + x * jnp.sin(angle)
         keys = jnp.concatenate([*turned, keys[..., 2 * f :]], -1).astype(k.dtype).astype(jnp.float32)
-    logit = jnp.einsum("berd,besd->bers", q.astype(jnp.float32), keys) * scale
+    logit = jnp.einsum("berd,besd->bers", q.astype(jnp.float32), keys, precision="highest") * scale
     logit = logit if softcap is None else softcap * jnp.tanh(logit / softcap)
     logit = logit + extra[:, :, None]
     mine, theirs = q_pos[:, None, :, None], at[:, :, None, :]
@@ -47,5 +49,5 @@ def read(
     top = jnp.max(jnp.where(seen, logit, -jnp.inf), -1, keepdims=True)
     mass = jnp.where(seen, jnp.exp(logit - jnp.where(top > -jnp.inf, top, 0.0)), 0.0)
     total = jnp.sum(mass, -1, keepdims=True)
-    out = jnp.einsum("bers,besc->berc", mass / jnp.where(total > 0, total, 1.0), values)
+    out = jnp.einsum("bers,besc->berc", mass / jnp.where(total > 0, total, 1.0), values, precision="highest")
     return out, jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]
