@@ -40,7 +40,7 @@ def observe(
         w = min(needs.turned, q.shape[2])
         out["turned"] = jnp.where((see["q_pos"][:, -w:] >= 0)[:, None, :, None], q[:, :, -w:], jnp.zeros((), q.dtype))
     if needs.received:
-        out["received"] = received(q, k, lse, diagonal=diagonal, **see)
+        out["received"] = received(q, k, lse, diagonal=diagonal, impl=impl, **see)
     if needs.peak:
         by = lse if length is None else lse + jnp.log(jnp.maximum(length, 1e-6))[:, None]  # exp(logit - lse) / length
         out["peak"] = peak(q, k, by, diagonal=diagonal, **see)
@@ -86,7 +86,7 @@ def _observe_shared(needs: Needs, q, k, lse, see: dict[str, Any], plain: dict[st
         w = min(needs.turned, q.shape[2])
         out["turned"] = jnp.where((last(see["q_pos"], w, 1) >= 0)[:, None, :, None], last(q, w, 2), jnp.zeros((), q.dtype))
     if needs.received:
-        out["received"] = impl.received(q, k, lse, **see)
+        out["received"] = received(q, k, lse, impl=impl, **see)
     return out
 
 

@@ -275,3 +275,9 @@ def as_window(window) -> jax.Array | None:
     if operator.index(window) < 1:
         raise ValueError(f"window is {window}; it counts the keys a query sees, itself included: at least 1, or None for all")
     return jnp.int32(min(operator.index(window), FAR))
+
+
+def as_static(window) -> int | None:
+    """A window for a kernel, checked."""
+    as_window(window)
+    return None if window is None else min(operator.index(window), FAR)

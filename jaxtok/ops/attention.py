@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtok_kernels.flash import flash
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxtok.ops._chunked import (
     Spec,
     add,
+    as_static,
     as_window,
     check,
     dot,
@@ -28,9 +30,8 @@ from jaxtok.ops._chunked import (
     unfold,
     walk,
 )
+from jaxtok.ops._impl import chosen, settings
 from jaxtok.ops._shared import Impl, Shared
-
-_PLATFORMS = {"pallas_tpu": "TPU", "pallas_gpu": "NVIDIA GPU", "interpret": "the Pallas interpreter"}
 
 
 def attention(
@@ -71,7 +72,9 @@ def attention(
       diagonal: promises that key row j > query row i + diagonal is never visible, so blocks beyond it are not computed: 0 for causal
         self-attention over packed rows, the number of earlier rows for a chunk after a prefix. A false promise drops those keys.
       out_dtype: of out; None = q's.
-      impl: "auto" and "xla" are the same today; kernels take the other names. A `Shared`: the attention of several devices.
+      impl: "xla"; a kernel of `jaxtok_kernels.flash`: "pallas_tpu", "pallas_gpu", "interpret" and "interpret_gpu" (the same in Pallas'
+        interpreters, anywhere); "auto": the kernel of this platform where it has been measured on this kind of device
+        (jaxtok_kernels/blocks.json) and can do what is asked, else XLA. A `Shared`: the attention of several devices.
 
     Gradients reach q, k, v and bias, from out and from lse. Nothing of size t x s is kept: the backward pass recomputes each block from
     q, k, v, out and lse. Blocks whose positions cannot meet are skipped at run time when there is a window, or when a causal call has
@@ -79,23 +82,28 @@ def attention(
 
     Raises:
       ValueError: shapes, dtypes, window or impl are wrong.
-      NotImplementedError: the kernel named by `impl` does not exist yet.
+      NotImplementedError: the kernel named by `impl` cannot do what is asked (a traced window).
 
     Source: FlashAttention-2, arXiv:2307.08691 (online softmax, recomputed backward), written as XLA loops.
     """
     if isinstance(impl, Shared):
         see = dict(q_pos=q_pos, k_pos=k_pos, bias=bias, q_segment=q_segment, k_segment=k_segment, causal=causal, window=window)
         return impl.attention(q, k, v, **see, softcap=softcap, scale=scale, diagonal=diagonal, out_dtype=out_dtype)
-    if impl in _PLATFORMS:
-        raise NotImplementedError(f"impl={impl!r}: attention has no kernel for {_PLATFORMS[impl]} yet; use impl='xla' or 'auto'")
-    if impl not in ("auto", "xla"):
-        raise ValueError(f"impl is {impl!r}; it must be one of auto, xla, {', '.join(_PLATFORMS)}")
+    traced = "its window is a static int or None, not an array" if isinstance(window, jax.Array) else None
+    kind = chosen("flash", impl, traced)
     check(q, k, q_pos, k_pos, v=v, bias=bias, softcap=softcap, diagonal=diagonal, segments=(q_segment, k_segment))
     dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"out_dtype is {dtype}; it must be a floating dtype")
     if not q.size or not k.size or not v.size:  # nothing to read, or nobody to read it
         return jnp.zeros((*q.shape[:3], v.shape[3]), dtype), jnp.full(q.shape[:3], -jnp.inf, jnp.float32)
+    if kind != "xla":
+        see = dict(
+            q_pos=q_pos, k_pos=k_pos, bias=bias, q_segment=q_segment, k_segment=k_segment, causal=causal, softcap=softcap, scale=scale
+        )
+        sizes: Any = settings("flash") or {}
+        out, lse, *_ = flash(q, k, v, **see, window=as_static(window), diagonal=diagonal, impl=kind, **sizes)
+        return out.astype(dtype), lse
     spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
     return _jitted(spec, dtype, *level(q, k, v, q_pos, k_pos, bias, as_window(window), q_segment, k_segment))
 

@@ -1,14 +1,17 @@
 """What attention tells about its keys, recomputed from q, k and the saved logsumexp in a second pass; nothing of size n x n exists."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtok_kernels.column_sum import column_sum
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from jaxtok.ops._chunked import (
     FAR,
     Spec,
+    as_static,
     as_window,
     bounded,
     check,
@@ -24,6 +27,8 @@ from jaxtok.ops._chunked import (
     take,
     walk,
 )
+from jaxtok.ops._impl import chosen, settings
+from jaxtok.ops._shared import Impl, Shared
 from jaxtok.ops.noise import gumbel
 
 
@@ -40,20 +45,30 @@ def received(
     softcap: float | None = None,
     scale: float | None = None,
     diagonal: int | None = None,
+    impl: Impl = "auto",
 ) -> Float32[Array, "b h s"]:
     """Attention that each key receives: column sums of the attention matrix over all live queries.
 
         received[j] = sum_i exp(logit(i, j) - lse_i)   over the queries i that see j
 
     `lse` and every other argument are those of the `attention` call. Dead keys and dead queries give zero; the sum over j is the number
-    of queries that see something. Memory O(block) in t and s, in the gradient too.
+    of queries that see something. Memory O(block) in t and s, in the gradient too. impl: as in `attention`; the kernel, `jaxtok_kernels.column_sum`,
+    has no gradient.
 
     Raises:
       ValueError: shapes, dtypes or window are wrong.
     """
+    if isinstance(impl, Shared):
+        see = dict(q_pos=q_pos, k_pos=k_pos, bias=bias, causal=causal, window=window, softcap=softcap, scale=scale)
+        return impl.received(q, k, lse, **see, diagonal=diagonal)
+    kind = chosen("column_sum", impl, "its window is a static int or None, not an array" if isinstance(window, jax.Array) else None)
     check(q, k, q_pos, k_pos, bias=bias, lse=lse, softcap=softcap, diagonal=diagonal)
     if not q.size or not k.size:
         return jnp.zeros((*q.shape[:2], k.shape[2]), jnp.float32)
+    if kind != "xla":
+        see = dict(q_pos=q_pos, k_pos=k_pos, bias=bias, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
+        sizes: Any = settings("column_sum") or {}
+        return column_sum(q, k, lse, **see, window=as_static(window), impl=kind, **sizes)
     spec = make_spec(q, k, causal=causal, softcap=softcap, scale=scale, diagonal=diagonal)
     return _columns(spec, False, *level(q, k, lse, q_pos, k_pos, bias, as_window(window)))
 

@@ -1,16 +1,17 @@
 """Attention of a step to all slots of a cache or to some of them, for readers."""
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtok_kernels.read import IMPLS, read
+from jaxtok_kernels.read import read
 from jaxtyping import Array, Float, Int
 
 from jaxtok.core.reader import Sight
 from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV
 from jaxtok.ops._chunked import as_window, bounded, check
+from jaxtok.ops._impl import chosen
+from jaxtok.ops._shared import Shared
 from jaxtok.ops.attention import attention
 from jaxtok.ops.cache import block_slots
 from jaxtok.ops.offload import Halves, rows, together
@@ -31,17 +32,21 @@ def take_kv(kv: KV, slots: Int[Array, "b e m"]) -> tuple[Array, Array, Array, Ar
 
 def in_place(see: Sight) -> bool:
     """Whether a kernel reads slots where they lie; XLA gathers them first."""
-    return see.impl in IMPLS
+    return _kernel(see) != "xla"
+
+
+def _kernel(see: Sight) -> str:
+    return "xla" if isinstance(see.impl, Shared) else chosen("read", see.impl, None if isinstance(see.window, int | None) else _TRACED)
+
+
+_TRACED = "it takes a static window (int or None), not an array"
 
 
 def attend_all(q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight) -> tuple[Array, Array]:
     """(values, logsumexp) of attention to every slot; what stands in host memory crosses to the device."""
     kv = together(kv)
     if in_place(see):
-        s = kv.pos.shape[2]
-        block = math.gcd(s, 128)
-        every = jnp.broadcast_to(jnp.arange(s // block, dtype=jnp.int32)[None, None], (*kv.pos.shape[:2], s // block))
-        return attend_blocks(q, pos, kv, every, see, block)
+        return _read(q, pos, kv, None, see)
     return _attend(q, kv.k, kv.v, pos, kv.pos, kv.bias, see)
 
 
@@ -74,15 +79,18 @@ def attend_blocks(
         raise NotImplementedError(
             f"impl={see.impl!r} reads slots where they lie, and some stand in host memory (offload=True); use impl='xla'"
         )
+    return _read(q, pos, kv, index, see, ids, block=block, stride=stride)
+
+
+def _read(q, pos, kv: KV, index, see: Sight, ids=None, **how) -> tuple[Array, Array]:
+    """By the kernel."""
     check(q, kv.k, pos, kv.pos, v=kv.v, bias=kv.bias, softcap=see.softcap)
-    (b, h, t, d), e = q.shape, index.shape[1]
+    (b, h, t, d), e = q.shape, kv.k.shape[1] if index is None else index.shape[1]
     if not e or h % e:
         raise ValueError(f"{h} query heads cannot read {e} lists of blocks")
-    if see.window is not None and not isinstance(see.window, int):
-        raise NotImplementedError(f"impl={see.impl!r} takes a static window (int or None), got {see.window!r}; use impl='xla'")
     out, lse = read(
-        q.reshape(b, e, h // e * t, d), jnp.tile(pos, (1, h // e)), kv.k, kv.v, kv.pos, kv.bias, index,
-        ids, None if ids is None else see.freqs, block=block, stride=stride, scale=d**-0.5 if see.scale is None else float(see.scale), softcap=see.softcap, window=see.window, impl=see.impl,
+        q.reshape(b, e, h // e * t, d), jnp.tile(pos, (1, h // e)), kv.k, kv.v, kv.pos, kv.bias, index, ids, None if ids is None else see.freqs,
+        scale=d**-0.5 if see.scale is None else float(see.scale), softcap=see.softcap, window=see.window, impl=_kernel(see), **how,
     )  # fmt: skip
     return out.reshape(b, h, t, -1), lse.reshape(b, h, t)
 

@@ -16,6 +16,7 @@ CFG = Config(vocab=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidd
 B, N, T, CAP = 4, 12, 14, 6  # T > 2 * CAP: a step policy turns its cache over twice
 LENGTHS = np.array([12, 7, 9, 3])
 P = N + T  # positions that exist
+IMPL = "auto"  # of attention; whoever changes it calls `forget` before and after
 LIVE = np.arange(N)[None] >= N - LENGTHS[:, None]
 
 
@@ -64,13 +65,13 @@ def seen_whole(part: Part) -> KV:
 
 def run(recipe, params, tokens: Tokens, force, keep, key):
     """Prefill, then T forced steps -> everything that the laws look at."""
-    tokens, layers = decoder.prefill(CFG, params, tokens, recipe, new=T, keep=keep, key=key)
+    tokens, layers = decoder.prefill(CFG, params, tokens, recipe, new=T, keep=keep, key=key, impl=IMPL)
     first = decoder.logits(CFG, params, tokens.x[:, -1:])[:, 0]
     filled = [seen_whole(parts[-1]) for parts in layers]
 
     def one(layers, ids):
         x = blocks.embed(CFG, params, ids[:, None])
-        x, new = decoder.step(CFG, params, x, jnp.ones(ids.shape, bool)[:, None], layers, recipe, keep=keep, key=key)
+        x, new = decoder.step(CFG, params, x, jnp.ones(ids.shape, bool)[:, None], layers, recipe, keep=keep, key=key, impl=IMPL)
         return new, (decoder.logits(CFG, params, x)[:, 0], record(layers))
 
     layers, (logits, sets) = jax.lax.scan(one, layers, force.T)
@@ -115,6 +116,12 @@ def masked_replay():
         return jax.lax.scan(one, layers, (force.T, sets))[1]
 
     return jax.jit(replay)
+
+
+def forget() -> None:
+    """Drop the programs that were compiled."""
+    for made in (program, plain, masked_replay):
+        made.cache_clear()
 
 
 def tokens_of(params, ids, live=LIVE, ends=()) -> Tokens:
