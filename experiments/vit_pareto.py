@@ -405,6 +405,8 @@ class Found(NamedTuple):
 def reach(w: World, variant: Variant, level: float, full: float, batch: int, above: float = 0.01) -> Found | None:
     """The least reduction whose counted FLOPs come down to `level`; None where none does. `above`: a guess."""
     grid = [x for x in (variant(w, s) for s in range(1, MOST * w.n)) if x is not None]
+    if not grid:  # no such setting for rows of this grid
+        return None
     about = [estimate(w, x) for x in grid]
     start = next((j for j, a in enumerate(about) if a + above <= level), len(grid) - 1)
     known: dict[int, tuple[Any, float]] = {}
