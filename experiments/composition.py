@@ -10,8 +10,9 @@ Expected: experiments/results/composition/{results.json,README.md}.
 The recipe grows site by site. Image rows: `tower` of all patches when the tower is done, `kept` when the pruner is done (both by equal
 factors from place to place); `slots` a layer and KV head; a step reads `pages` pages of `page` slots, but for the first decoder layer,
 which reads everything. FLOPs and bytes are counted from the programs' jaxprs (jaxtok.evals.cost), of which batch the table takes one
-sequence; bytes a step are those of the whole step, of which the weights are read in any case; a reader's step is counted with the kernel that reads
-pages where they lie (impl="pallas_tpu"), since XLA gathers them first, which on a cache as small as this one costs more than it saves.
+sequence; bytes a step are those of the whole step, of which the weights are read in any case. XLA gathers the pages that are read, which writes and
+reads them once more: on a cache as small as this one that costs more than it saves. The column "read in place" is what the step moves of its
+caches with a kernel that reads pages where they lie, by the methods' own formulas (Reader.traffic, tested against such a kernel).
 """
 
 import dataclasses
@@ -160,8 +161,7 @@ def counted(cfg, recipe: Recipe, options: Options, params, rows, keep) -> dict[s
     _, layers = jax.eval_shape(entry, params, *rows, keep)
 
     def step(params, token, layers):
-        x, there = blocks.embed(cfg.text, params, token), jnp.ones(token.shape, bool)
-        x, layers = decoder.step(cfg.text, params, x, there, layers, recipe, impl="xla" if recipe.reader is None else "pallas_tpu")
+        x, layers = decoder.step(cfg.text, params, blocks.embed(cfg.text, params, token), jnp.ones(token.shape, bool), layers, recipe)
         return decoder.logits(cfg.text, params, x), layers
 
     token = jax.ShapeDtypeStruct((options.batch, 1), jnp.int32)
@@ -172,8 +172,10 @@ def counted(cfg, recipe: Recipe, options: Options, params, rows, keep) -> dict[s
     bare = recipe.replace(cache=None, reader=None)
     _, whole = jax.eval_shape(functools.partial(begin, cfg, bare, 0), params, *rows, {k: v for k, v in keep.items() if k != "cache"})
     wide = [part.kv.k.shape[2] for (part,) in whole]
-    b = options.batch
+    b, reader = options.batch, recipe.reader or Quest(pages=1, dense_layers=cfg.text.layers)  # one that reads everything
+    moved = sum(sum(reader.traffic(i, cfg.text.heads, part.kv)) for i, (part,) in enumerate(layers))
     return {
+        "read_in_place": moved / b,
         "entering": wide[0],
         "average": float(np.mean(wide)),
         "slots": float(np.mean([part.kv.k.shape[2] - options.new for (part,) in layers])),
@@ -262,7 +264,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def markdown(found: dict[str, Any], options: Options) -> str:
     """The table, and what was checked."""
-    head = ["recipe", "rows entering", "layer average", "slots", "cache bytes", "FLOPs prefill", "FLOPs a step", "bytes a step", "but for weights",
+    head = ["recipe", "rows entering", "layer average", "slots", "cache bytes", "FLOPs prefill", "FLOPs a step", "bytes a step", "but for weights", "read in place",
             "accuracy", "first token as plain", "top-1 along plain", "KL"]  # fmt: skip
     row = lambda cells: "| " + " | ".join(cells) + " |"
     out = ["# ToMe, a pruner, SnapKV and Quest in one program", "", f"Model: {options.model}; batch {options.batch}, prompts of {found['lengths'][0]} to "
@@ -271,7 +273,7 @@ def markdown(found: dict[str, Any], options: Options) -> str:
            "|" + "---|" * len(head)]  # fmt: skip
     for r in found["lines"]:
         cells = [r["recipe"], f"{r['entering']:.0f}", f"{r['average']:.1f}", f"{r['slots']:.0f}"]
-        cells += [report.size(r[k]) for k in ("cache_bytes", "prefill_flops", "step_flops", "step_bytes", "step_bytes_without_weights")]
+        cells += [report.size(r[k]) for k in ("cache_bytes", "prefill_flops", "step_flops", "step_bytes", "step_bytes_without_weights", "read_in_place")]
         out.append(row([*cells, *(report.show(r[k], 3) for k in ("accuracy", "first_same", "top1", "kl"))]))
     out += ["", f"At full budgets the whole recipe's logits are at most {found['full']['difference']:.1e} from the plain model's, along "
             f"{options.new} tokens; the tokens are the same: {'yes' if found['full']['same_tokens'] else 'no'}.", ""]  # fmt: skip
