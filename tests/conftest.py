@@ -14,6 +14,9 @@ os.environ.setdefault(
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1" * metadata.version("jaxlib").startswith("0.10."),
 )
+# The GPU interpreter's warpgroups (jax >= 0.11.2) wait for each other in threads of XLA's pool: with one a core, two cores wait for ever.
+if not metadata.version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("NPROC", "8")
 
 import jax
 import pytest

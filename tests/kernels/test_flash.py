@@ -35,11 +35,25 @@ def with_gradients(fn, weights):
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_equals_the_reference_and_its_gradients(name):
-    case = cases.CASES[name]
+    equal(cases.CASES[name], "interpret")
+
+
+# What lies in dead rows overflows, and the interpreter's numpy says so.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.py312
+@pytest.mark.parametrize("name", cases.GPU)
+def test_equals_the_reference_in_the_gpu_interpreter(name):
+    if not hasattr(pytest.importorskip("jax.experimental.pallas.mosaic_gpu"), "InterpretGPUParams"):
+        pytest.skip("this JAX has no public GPU interpreter (jax >= 0.11.2 has)")
+    equal(cases.GPU[name], "interpret_gpu")
+
+
+def equal(case, impl):
+    """Everything the kernels return against the reference."""
     q, k, v, named = arrays(case)
     rng = np.random.default_rng(1)
     weights = rng.standard_normal((*q.shape[:3], v.shape[3]), np.float32), rng.standard_normal(q.shape[:3], np.float32)
-    got = with_gradients(lambda *a, **n: flash(*a, **n, **case.options(), **case.blocks(), impl="interpret"), weights)(q, k, v, named)
+    got = with_gradients(lambda *a, **n: flash(*a, **n, **case.options(), **case.blocks(), impl=impl), weights)(q, k, v, named)
     want = with_gradients(lambda *a, **n: reference.flash(*a, **n, **case.options()), weights)(q, k, v, named)
     assert [x.dtype for x in got] == [case.dtype, jnp.float32, *[case.dtype] * 3, *[jnp.float32] * case.biased]
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -71,18 +85,30 @@ def test_what_cannot_be_seen_is_neither_computed_nor_fetched():
     assert few["positions"].tolist() == [4, 1] and few["full"].tolist() == [4, 1]
 
 
+DEVICES = {"tpu": ("TPU v5 lite", 1, "tpu"), "cuda": ("NVIDIA H100", None, "gpu")}
+
+
 @pytest.mark.py312
+@pytest.mark.parametrize("platform", DEVICES)
 @pytest.mark.parametrize("name", cases.LARGE)
-def test_lowers_for_tpu(name):
+def test_lowers(name, platform):
     case = cases.LARGE[name]
-    fn, structs = large(case)
-    device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        exported = jax.export.export(jax.jit(fn), platforms=["tpu"])(*structs)
-    assert exported.mlir_module().count("tpu_custom_call") >= 3
+    impl = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}[platform]
+    if platform == "cuda":
+        pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    fn, structs = large(case, impl)
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=jax.sharding.AbstractDevice(*DEVICES[platform]))
+    ours = [jax.export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu_v2", "mosaic_gpu")]
+    with jax.sharding.use_abstract_mesh(mesh):
+        lower = lambda: jax.export.export(jax.jit(fn), platforms=[platform], disabled_checks=ours)(*structs).mlir_module()
+        if impl == "pallas_gpu" and case.dtype == "float32":
+            with pytest.raises(NotImplementedError, match="cast q, k, v to bfloat16"):
+                lower()
+        else:
+            assert lower().count({"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}[platform]) >= 3
 
 
-def large(case):
+def large(case, impl):
     """The call with its gradients, and the shapes of its arguments."""
     f32, i32 = jnp.float32, jnp.int32
     shape = lambda *n, dtype=case.dtype: jax.ShapeDtypeStruct(n, dtype)
@@ -94,8 +120,7 @@ def large(case):
         named |= {"q_segment": shape(case.b, case.t, dtype=i32), "k_segment": shape(case.b, case.s, dtype=i32)}
 
     def fn(q, k, v, named):
-        run = lambda *a, **n: flash(*a, **n, **case.options(), **case.blocks(), impl="pallas_tpu")
-        return with_gradients(run, (1.0, 1.0))(q, k, v, named)
+        return with_gradients(lambda *a, **n: flash(*a, **n, **case.options(), **case.blocks(), impl=impl), (1.0, 1.0))(q, k, v, named)
 
     heads = ((case.h, case.t, case.d), (case.g, case.s, case.d), (case.g, case.s, case.c))
     return fn, (*(shape(case.b, *x) for x in heads), named)
@@ -112,7 +137,7 @@ def test_compiles_for_a_chip(name, chip, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     devices = topologies.get_topology_desc(chip, platform="tpu").devices
     where = jax.sharding.SingleDeviceSharding(devices[0])
-    fn, structs = large(cases.LARGE[name])
+    fn, structs = large(cases.LARGE[name], "pallas_tpu")
     compiled = jax.jit(fn, in_shardings=where, out_shardings=where).lower(*structs).compile()
     assert compiled.as_text().count("tpu_custom_call") >= 3
 

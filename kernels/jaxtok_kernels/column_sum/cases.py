@@ -1,6 +1,6 @@
 """Problems for the column_sum kernels, by name: those of flash, whose logsumexp they take, without the values."""
 
-from jaxtok_kernels.flash.cases import LARGE, Case
+from jaxtok_kernels.flash.cases import GPU, LARGE, Case
 
 CASES = {
     "causal, a ragged tail, GQA 4": Case(h=4, g=1, diagonal=0),
@@ -12,4 +12,4 @@ CASES = {
     "one key": Case(t=5, s=1, packed=False, block_q=None, block_k=None, biased=True),
     "nothing live": Case(dead=1.0, biased=True, t=17, s=33),
 }
-__all__ = ["CASES", "LARGE", "Case"]
+__all__ = ["CASES", "GPU", "LARGE", "Case"]

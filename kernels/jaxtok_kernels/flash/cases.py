@@ -71,6 +71,29 @@ CASES = {
     "one key": Case(t=5, s=1, packed=False, block_q=None, block_k=None, biased=True),
     "nothing live": Case(dead=1.0, biased=True, t=17, s=33),
 }
+GPU = {  # for the GPU interpreter, which is slow; tiles there are of 128 rows, so these hold several
+    "a chunk after a prefix, ragged tails": Case(
+        dtype="bfloat16", h=2, g=1, t=70, s=200, d=64, c=64, diagonal=130, block_q=None, block_k=64
+    ),
+    "all options": Case(
+        h=2,
+        g=1,
+        t=70,
+        s=140,
+        d=80,
+        c=64,
+        dtype="bfloat16",
+        packed=False,
+        heads=True,
+        biased=True,
+        segments=2,
+        dead=0.2,
+        window=50,
+        softcap=5.0,
+        block_q=None,
+        block_k=64,
+    ),
+}
 LARGE = {  # for lowering and benchmarks
     "8k bf16": Case(h=32, g=8, t=8192, s=8192, d=128, c=128, dtype="bfloat16", diagonal=0, block_q=None, block_k=None),
     "8k bf16, all options": Case(
