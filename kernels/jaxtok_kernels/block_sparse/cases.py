@@ -1,6 +1,7 @@
 """Problems for the block-sparse kernel, by name; the same ones test it, lower it and time it."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -119,12 +120,18 @@ GPU = {  # for the interpreter of GPU kernels, which is slow
         dead=0.1,
     ),
 }
-_WIDE = dict(h=32, g=8, d=128, c=128, bq=128, bk=128, dtype="bfloat16")
+
+
+def _wide(**more: Any) -> Case:
+    return Case(**dict(h=32, g=8, d=128, c=128, bq=128, bk=128, dtype="bfloat16") | more)
+
+
 LARGE = {  # for lowering, full compiles and benchmarks
-    "8k": Case(t=8192, s=8192, density=0.125, **_WIDE),
-    "128k": Case(t=131072, s=131072, density=0.125, **_WIDE),
-    "a list a query head": Case(t=8192, s=8192, density=0.125, e=32, bias=True, **_WIDE),
-    "blocks of 64 by 32, masked": Case(t=8192, s=8192, density=0.125, mask=0.9, bias=True, softcap=30.0, **_WIDE | dict(bq=64, bk=32)),
-    "float32": Case(t=4096, s=4096, density=0.25, window=1024, **_WIDE | dict(dtype="float32")),
-    "regions of 49": Case(b=4, h=8, g=8, t=49 * 49, s=49 * 49, d=64, c=64, bq=49, bk=49, density=4 / 49, causal=False, dtype="bfloat16"),
+    "8k": _wide(t=8192, s=8192, density=0.125),
+    "128k": _wide(t=131072, s=131072, density=0.125),
+    "a list a query head": _wide(t=8192, s=8192, density=0.125, e=32, bias=True),
+    "blocks of 64 by 32, masked": _wide(t=8192, s=8192, density=0.125, mask=0.9, bias=True, softcap=30.0, bq=64, bk=32),
+    "float32": _wide(t=4096, s=4096, density=0.25, window=1024, dtype="float32"),
+    "regions of 49": _wide(b=4, h=8, t=49 * 49, s=49 * 49, d=64, c=64, bq=49, bk=49, density=4 / 49, causal=False),
+    "heads of 256": _wide(h=8, g=4, t=8192, s=8192, d=256, c=256, density=0.125, softcap=50.0, window=4096),
 }
