@@ -86,9 +86,10 @@ def gpu_module(interpret: bool):
     """Pallas for Mosaic GPU, which needs absl-py, and what a call of `kernel` gets from us."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    if interpret and not hasattr(plgpu, "InterpretGPUParams"):
+    params = getattr(plgpu, "InterpretGPUParams", None)
+    if interpret and params is None:
         raise NotImplementedError(f"jax {jax.__version__} has no interpreter of GPU kernels; take jax 0.11.2, or impl='interpret'")
-    options = {"interpret": plgpu.InterpretGPUParams()} if interpret else {}
+    options = {"interpret": params()} if interpret and params is not None else {}
     return plgpu, options | dict(
         thread_name="group",
         grid_names=("part", "row", "list"),

@@ -42,9 +42,9 @@ def backward(spec: Spec, q, k, v, bias, tables: Tables, out, lse, dout, dlse):
         at = _where(row.index, g)
         return [None if p is None else y.at[at].add(p.astype(jnp.float32)) for y, p in zip(sums, parts, strict=True)], dq
 
-    sums = [None if x is None else jnp.zeros(x.shape, jnp.float32) for x in cut[0]]
-    (dk, dv, dbias), dq = lax.scan(step, sums, given)
-    dk, dv = (untile(x, spec.block_k, s, x.shape[-1]).astype(k.dtype) for x in (dk, dv))
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), list(cut[0]))
+    (*sums, dbias), dq = lax.scan(step, sums, given)
+    dk, dv = (untile(x, spec.block_k, s, x.shape[-1]).astype(k.dtype) for x in sums)
     return _whole(spec, dq, q), dk, dv, None if dbias is None else dbias.reshape(*dbias.shape[:2], -1)[..., :s]
 
 
@@ -63,9 +63,9 @@ def _whole(spec: Spec, x, q):
 
 
 def _rows(spec: Spec, q, tables: Tables) -> _Row:
-    first = lambda x: None if x is None else jnp.moveaxis(x, 2, 0)
+    first = lambda x: jnp.moveaxis(x, 2, 0)
     pos = tiles(tables.q_pos[..., None], spec.block_q, spec.block_q, 1, -1)[..., 0]
-    index, count, mask = first(tables.index), first(tables.count), first(tables.mask)
+    index, count, mask = first(tables.index), first(tables.count), None if tables.mask is None else first(tables.mask)
     return _Row(_queries(spec, q, tables.index.shape[1]), index, count, jnp.moveaxis(pos, 1, 0), mask)
 
 
