@@ -1,6 +1,12 @@
 """Parameters cut over a mesh, and training over a shared sequence: the curve of one device, also from a checkpoint on another mesh."""
 
 import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +21,7 @@ from jaxtok.train.loop import fit
 
 CFG = Config(vocab=32, width=16, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=16)
 T = 24
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def batch(step):
@@ -45,13 +52,17 @@ def curve(spread, steps, directory=None):
     return {int(line["step"]): float(line["loss"]) for line in lines}, state
 
 
-def test_the_curve_of_one_device_and_of_another_mesh(tmp_path):
-    want, _ = curve("auto", 6)
-    found, _ = curve(Spread(mesh=make_mesh(sequence=4, tensor=2), layout="zigzag"), 4, tmp_path)
-    more, state = curve(Spread(mesh=make_mesh(data=2, sequence=2), layout="contiguous"), 6, tmp_path)
-    assert sorted(found) == [1, 2, 3, 4] and sorted(more) == [5, 6]
-    np.testing.assert_allclose([(found | more)[i] for i in sorted(want)], [want[i] for i in sorted(want)], rtol=2e-5)
-    assert want[6] < want[1] and len(state.params["layers"]["q"].sharding.device_set) == 4
+def test_the_curve_of_one_device_killed_and_resumed_on_another_mesh(tmp_path):
+    want, _ = curve("auto", 8)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    script = pathlib.Path(__file__).with_name("killed.py")
+    killed = subprocess.run([sys.executable, str(script), str(tmp_path)], env=env, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    more, state = curve(Spread(mesh=make_mesh(data=2, sequence=2), layout="contiguous"), 8, tmp_path)
+    found = {line["step"]: line["loss"] for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())}
+    assert sorted(found) == sorted(want) and sorted(more) == [5, 6, 7, 8]  # from the checkpoint of step 4
+    np.testing.assert_allclose([found[i] for i in sorted(want)], [want[i] for i in sorted(want)], rtol=2e-5)
+    assert want[8] < want[1] and len(state.params["layers"]["q"].sharding.device_set) == 4
 
 
 def test_where_parameters_stand(tmp_path):
