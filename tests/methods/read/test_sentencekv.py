@@ -45,7 +45,7 @@ def drive(method, q, k, v, ids, prompt):
     segment = np.full((len(ids), room), -1)
     segment[:, :prompt] = np.cumsum(stops, 1) - stops
     kv = upto(prompt)._replace(segment=jnp.asarray(np.repeat(segment[:, None], k.shape[1], 1), jnp.int32))
-    state, out = method.start({}, 0, kv, q.shape[2]), []
+    state, out = toys.begin(method, 0, kv, q.shape[2]), []
     for n in range(prompt, room):
         pos = jnp.full((len(ids), 1), n, jnp.int32)
         state, y = stepper(method)(state, jnp.asarray(q[n])[:, :, None], pos, upto(n + 1), jnp.asarray(ids[:, n : n + 1], jnp.int32))
