@@ -78,9 +78,10 @@ def at_once(params, recipe, ids, live):
     return generate(CFG, params, tokens, layers, recipe, new=NEW, eos=()).ids
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "sentences"])  # which reads the turn sparsely too
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in ("sentences", "snapkv", "tova")])
 def test_a_turn_is_a_prefill_and_a_generation(params, name):
-    """Ragged: 16 and 11 tokens; rows of a batch share a cursor, so the shorter one leaves dead slots."""
+    """Ragged: 16 and 11 tokens; rows of a batch share a cursor, so the shorter one leaves dead slots. Left out: "sentences", which reads the
+    turn sparsely too; what is in "both"; a second policy that evicts by attention."""
     ids, live = ids_of(1, 16, 11)
     said = Talk(params, RECIPES[name], b=2)(ids, live)
     assert said.shape == (2, 9) and (said[:, 8] == -1).all()
@@ -118,9 +119,8 @@ def test_later_turns_compile_nothing_and_keep_the_capacity(params, name):
 @pytest.mark.parametrize("sampler", [turns.GREEDY, Sampler(temperature=1.0)], ids=["greedy", "drawn"])
 def test_the_blocks_do_not_matter(params, sampler):
     ids, live = ids_of(5, 12, 16)
-    one, three, eight = (Talk(params, Recipe(), b=2, most=most, sampler=sampler)(ids, live)[:, :NEW] for most in (1, 3, 8))
-    np.testing.assert_array_equal(one, eight)
-    np.testing.assert_array_equal(three, eight)
+    one, three = (Talk(params, Recipe(), b=2, most=most, sampler=sampler)(ids, live)[:, :NEW] for most in (1, 3))
+    np.testing.assert_array_equal(one, three)
 
 
 def test_the_end_is_said_and_not_kept(params):

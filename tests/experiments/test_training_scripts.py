@@ -38,7 +38,7 @@ def test_the_embedded_model(tmp_path, monkeypatch):
         ("LAST", (dataclasses.replace(long, steps=2),)),
     ):
         monkeypatch.setattr(m, name, phase)
-    monkeypatch.setattr(m, "BIG", dataclasses.replace(m.BIG, width=16, head_dim=4, hidden=16, layers=2))
+    monkeypatch.setattr(m, "BIG", dataclasses.replace(m.BIG, width=16, head_dim=4, hidden=16, layers=1))
     text = "".join(np.random.default_rng(0).choice(list("etaoin shrdlu\n"), 5000))
     monkeypatch.setattr(m, "books", lambda: (text, text, text))
     monkeypatch.setattr(m, "evaluate", lambda *_: {})
@@ -86,7 +86,7 @@ def test_lococo(tmp_path, monkeypatch):
     text = "".join(np.random.default_rng(0).choice(list("etaoin shrdlu"), m.HELD + 5000))
     monkeypatch.setattr(m, "book", lambda: text)
     cfg, params, tokenizer = m.load.load("embedded")
-    cfg = dataclasses.replace(cfg, width=16, head_dim=4, hidden=16, layers=2)
+    cfg = dataclasses.replace(cfg, width=16, head_dim=4, hidden=16, layers=1)
     params = m.blocks.init(cfg, jax.random.key(0))
     monkeypatch.setattr(m.load, "load", lambda _: (cfg, params, tokenizer))
     traces, make = [], m.lococo.make_loss

@@ -46,11 +46,11 @@ def snap(c):
     return SnapKV(capacity=c, window=WINDOW)
 
 
-def twins(c: int, n: int) -> dict[str, Any]:
-    """Ours for each press."""
+def twins(c: int) -> dict[str, Any]:
+    """Ours for each press; FINCH in chunks is in `program`."""
     flat = ExpectedAttention(capacity=c, vnorm=False)
     finch = functools.partial(Finch, capacity=c, window=WINDOW, variant="kvpress")
-    out = {
+    return {
         "chunkkv_snapkv": ChunkKV(base=snap(c), variant="kvpress"),
         "chunkkv_knorm": ChunkKV(base=KNorm(capacity=c), chunk=CHUNK, variant="kvpress"),
         "criticalkv_snapkv": CriticalKV(base=snap(c), epsilon=EPSILON),
@@ -67,9 +67,6 @@ def twins(c: int, n: int) -> dict[str, Any]:
         "merging": Merging(base=snap(c)),
         "merging_half": Merging(base=KNorm(capacity=c), threshold=0.1, fraction=0.5),
     }
-    if n in HALVES:
-        out["finch_chunk"] = finch(chunk=HALVES[n])
-    return out
 
 
 def changed(c: int) -> dict[str, Any]:
@@ -91,17 +88,17 @@ TURNED = ("merging", "merging_half", "finch_turned")  # those of which keys or v
 
 
 @functools.cache
-def program(cfg, n: int, length: int):
-    methods = twins(n, length)
-    if cfg.family == "llama" and cfg.heads > cfg.kv_heads:
+def program(cfg, n: int, chunk: int | None = None):
+    """All methods in one program for prompts up to n and every budget, or FINCH alone in chunks of a prompt of n."""
+    methods = twins(n) if chunk is None else {"finch_chunk": Finch(capacity=n, window=WINDOW, variant="kvpress", chunk=chunk)}
+    if chunk is None and cfg.family == "llama" and cfg.heads > cfg.kv_heads:
         methods |= changed(n)
 
-    def run(params, ids, live, counts):
+    def run(params, ids, live, count):
         out = {}
         for x, method in methods.items():
-            keep = counts[1] if x == "finch_chunk" else counts[0]
             layers = decoder.prefill(
-                cfg, params, decoder.embed(cfg, params, ids, live), jt.Recipe(cache=method), new=0, keep={"cache": keep}
+                cfg, params, decoder.embed(cfg, params, ids, live), jt.Recipe(cache=method), new=0, keep={"cache": count}
             )[1]
             out[x] = [parts[0].kv if x in TURNED else parts[0].kv.pos for parts in layers]
         return out
@@ -121,13 +118,17 @@ def ours(name: str, i: int) -> tuple[dict[str, np.ndarray], dict[str, list]]:
     """(kept positions bool [l g n], caches of TURNED) of every method at the i-th ratio."""
     golden = read(name)
     ids, live = padded(golden)
-    counts = np.array([golden.count(i), 2 * int(HALVES.get(golden.n, 0) * (1 - RATIOS[i]))], np.int32)  # FINCH rounds in each chunk
-    out = jax.device_get(program(golden.cfg, ids.shape[1], golden.n if golden.n in HALVES else 0)(golden.params, ids, live, counts))
+    out = program(golden.cfg, ids.shape[1])(golden.params, ids, live, np.int32(golden.count(i)))
+    if golden.n in HALVES:
+        half = HALVES[golden.n]
+        count = np.int32(2 * int(half * (1 - RATIOS[i])))  # FINCH rounds in each chunk
+        out |= program(golden.cfg, golden.n, half)(golden.params, ids, live, count)
+    out = jax.device_get(out)
     kept = {x: masks([kv.pos for kv in layers] if x in TURNED else layers, golden.n) for x, layers in out.items()}
     return kept, {x: out[x] for x in TURNED}
 
 
-EXACT = [x for x in twins(64, 96) if not x.startswith("lagkv")]
+EXACT = [*(x for x in twins(64) if not x.startswith("lagkv")), "finch_chunk"]
 
 
 @pytest.mark.parametrize("press", EXACT)

@@ -172,6 +172,12 @@ def newest(kv: KV) -> jax.Array:
     return jnp.max(kv.pos, (1, 2))[:, None]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def begin(reader, layer, kv, group):
+    """A reader's state after a prefill."""
+    return reader.start({}, layer, kv, group)
+
+
 # --- step policies ------------------------------------------------------------------------------------------------------
 
 
@@ -225,19 +231,21 @@ def _step(policy):
     return jax.jit(step)
 
 
+@jax.jit
+def _turned(q, kv, freqs):
+    ids = jnp.maximum(kv.pos, 0)
+    return turn(q, jnp.repeat(ids, q.shape[1] // ids.shape[1], 1), freqs), kv._replace(k=turn(kv.k, ids, freqs))
+
+
 def drive(policy, q, k, v, live, prefill, keep=None, dtype=jnp.float32):
     """Prefill with the first rows of q, k, v [b e T d] (left-padded to `prefill`, live[i] of them alive), then a step for each other
     row. A raw policy gets queries and keys before the rotary embedding of `freqs`. Yields (kv, state, attention output, attention row)
     after the prefill (without the last two) and after every step."""
-    q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
+    q, k, v = (np.asarray(x).astype(dtype) for x in (q, k, v))
     kv = cache(k[:, :, :prefill], v[:, :, :prefill], live, dtype)
     first, seen = q[:, :, :prefill], kv
     if policy.raw:
-        ids = jnp.maximum(kv.pos, 0)
-        first, seen = (
-            turn(first, jnp.repeat(ids, q.shape[1] // ids.shape[1], 1), freqs(q.shape[-1])),
-            kv._replace(k=turn(kv.k, ids, freqs(q.shape[-1]))),
-        )
+        first, seen = _turned(first, kv, freqs(q.shape[-1]))
     kv, state = _start(policy)(kv, look(first, seen, 1, policy.needs.perturbed), keep)
     yield kv, state, None, None
     for t in range(prefill, q.shape[2]):

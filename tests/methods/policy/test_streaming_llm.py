@@ -106,18 +106,20 @@ def test_official_outputs(data):
         if out is not None:
             assert [*before, n + t - 1] == get(f"s{t}_attended").tolist()
             slots = np.argsort(np.where(last < 0, 99, last))[: len(before)]
-            np.testing.assert_allclose(row[0, :, 0][:, [*slots, policy.capacity]], get(f"s{t}_attn")[0, :, 0], atol=2e-6)
-            flat = np.asarray(out[0, :, 0]).reshape(-1) @ get("w.o_proj.weight").T
+            np.testing.assert_allclose(np.asarray(row)[0, :, 0][:, [*slots, policy.capacity]], get(f"s{t}_attn")[0, :, 0], atol=2e-6)
+            flat = np.asarray(out)[0, :, 0].reshape(-1) @ get("w.o_proj.weight").T
             np.testing.assert_allclose(flat, get(f"s{t}_out")[0, 0], atol=2e-6)
         last = np.asarray(kv.pos)[0, 0]
         before = sorted(toys.kept(kv)[0][0])
     turn = int(get("n_turn"))
-    kv, _ = policy.refit({}, policy.start({}, kv, Evidence()), kv, Evidence(), jnp.full((1,), policy.capacity - turn))
+    fewer = np.full((1,), policy.capacity - turn, np.int32)
+    kv, _ = jax.jit(lambda kv: policy.refit({}, policy.start({}, kv, Evidence()), kv, Evidence(), fewer))(kv)
     assert toys.kept(kv)[0] == [set(get("turn_kept_before").tolist())] * g
     rows = [jnp.asarray(x[:, :, n + steps :]) for x in (q, k, v)]
     at = jnp.arange(n + steps, n + steps + turn, dtype=jnp.int32)[None]
     first = kv.cursor
-    kv = append(grow_kv(kv, kv.pos.shape[-1] + turn), rows[1], rows[2], at, jnp.zeros((1, g, turn)))
+    room, none = kv.pos.shape[-1] + turn, jnp.zeros((1, g, turn))
+    kv = jax.jit(lambda kv: append(grow_kv(kv, room), rows[1], rows[2], at, none))(kv)
     assert toys.kept(kv)[0] == [set(get("turn_attended").tolist())] * g
     placed, keys = jax.jit(place)(rows[0], kv, first, toys.freqs(d))
     out, _ = attention(placed, keys, kv.v, q_pos=at, k_pos=kv.pos)

@@ -24,7 +24,7 @@ def reader(method):
 
 def read(method, q, kv, share=None):
     """(carry, index) of a call whose queries [b h t d] are the newest tokens."""
-    state, t = method.start({}, 0, kv, q.shape[1]), q.shape[2]
+    state, t = toys.begin(method, 0, kv, q.shape[1]), q.shape[2]
     if share is not None:
         state = state._replace(share=jnp.asarray(share, jnp.int32))
     pos = jnp.maximum(kv.seen[:, None] - t + jnp.arange(t, dtype=jnp.int32)[None], -1)
@@ -191,7 +191,7 @@ def test_means_follow_appends_and_evictions():
         b, g = np.indices((2, 2))
         kv = kv._replace(k=kv.k.at[b, g, slot].set(5.0 * turn), pos=kv.pos.at[b, g, slot].set(30 + turn if turn % 2 else -1))
         state = method.update({}, state, kv, jnp.asarray(slot, jnp.int32))
-        np.testing.assert_allclose(state.mean, method.start({}, 2, kv, 4).mean, rtol=1e-6)
+        np.testing.assert_allclose(state.mean, toys.begin(method, 2, kv, 4).mean, rtol=1e-6)
 
 
 def test_bf16_is_scored_in_float32():

@@ -98,7 +98,7 @@ def stream(seed, total=33, h=4, g=2, d=8):
 def test_equals_numpy(share):
     """h/g > 1, chunks that end inside blocks and cross them, steps, dead slots in front."""
     q, k, v = stream(1)
-    method, chunks = Landmark(top_k=2, block=4, share=share), (7, 6, 11, 5, 1, 1, 1, 1)
+    method, chunks = Landmark(top_k=2, block=4, share=share), (7, 7, 7, 7, 1, 1, 1, 1, 1)
     want = reference(method, q, k, v, chunks, toys.freqs(8))
     for off in (0, 3):
         for a, b in zip(calls(method, q, k, v, chunks, off), want, strict=True):
@@ -110,10 +110,10 @@ def test_all_blocks_are_the_whole_landmark_attention():
     q, k, v = stream(2, total=21)
     method = Landmark(top_k=9, block=4)
     once = np.concatenate(calls(method, q, k, v, (21,)), 1)
-    pieces = np.concatenate(calls(method, q, k, v, (5, 9, 6, 1)), 1)
+    pieces = np.concatenate(calls(method, q, k, v, (7, 7, 7)), 1)
     np.testing.assert_allclose(once, pieces, atol=5e-5)
     np.testing.assert_allclose(once, reference(method, q, k, v, (21,), toys.freqs(8))[0], atol=5e-5)
-    fewer = np.concatenate(calls(Landmark(top_k=1, block=4), q, k, v, (5, 9, 6, 1)), 1)
+    fewer = np.concatenate(calls(Landmark(top_k=1, block=4), q, k, v, (7, 7, 7)), 1)
     assert np.abs(fewer - once).max() > 1e-2
 
 
@@ -180,6 +180,7 @@ def test_blocks_read_where_they_lie(share, dtype, tol):
     q, kv = toys.problem(5, live=(24, 9), n=24, junk=1e3)
     kv = kv._replace(k=kv.k.astype(dtype), v=kv.v.astype(dtype))
     step = jnp.asarray(q[:, :, -1:], dtype), toys.newest(kv), kv
-    want, got = (method.attend({}, 0, (), None, *step, toys.sight()._replace(impl=impl))[2:] for impl in ("auto", "interpret"))
+    read = lambda *step: [method.attend({}, 0, (), None, *step, toys.sight()._replace(impl=impl))[2:] for impl in ("auto", "interpret")]
+    want, got = jax.jit(read)(*step)
     for a, b in zip(want, got, strict=True):
         np.testing.assert_allclose(np.float32(a), np.float32(b), atol=tol * 4)

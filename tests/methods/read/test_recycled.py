@@ -48,7 +48,7 @@ def stream(seed=0, junk=0.0, alike=0.0):
 
 def run(method, q, kvs, live=True):
     kv = kvs[0]._replace(cursor=jnp.asarray(20, jnp.int32))
-    state, out = method.start({}, 0, kv, q.shape[2]), []
+    state, out = toys.begin(method, 0, kv, q.shape[2]), []
     for x, kv in zip(q, kvs, strict=True):
         pos = toys.newest(kv)
         state, y = stepper(method)(state, jnp.asarray(x)[:, :, None], jnp.where(jnp.asarray(live), pos, -1), kv)

@@ -30,16 +30,22 @@ def stepper(method):
     return jax.jit(step)
 
 
+@functools.cache
+def chooser(method):
+    return jax.jit(method.choose)
+
+
 def drive(method, q, k, v, ids, prompt):
     """Values [b h d] of each step behind a prompt; q [T b h d], k, v [b g T d], ids [b T]: no padding, S slots or T."""
     room = k.shape[2]
     whole = toys.cache(k, v)
-    upto = lambda n: whole._replace(pos=jnp.where(jnp.arange(room) < n, whole.pos, -1), cursor=jnp.asarray(n, jnp.int32))
+    at = np.asarray(whole.pos)
+    upto = lambda n: whole._replace(pos=jnp.asarray(np.where(np.arange(room) < n, at, -1)), cursor=jnp.asarray(n, jnp.int32))
     stops = np.isin(ids[:, :prompt], method.ends)
     segment = np.full((len(ids), room), -1)
     segment[:, :prompt] = np.cumsum(stops, 1) - stops
     kv = upto(prompt)._replace(segment=jnp.asarray(np.repeat(segment[:, None], k.shape[1], 1), jnp.int32))
-    state, out = method.start({}, 0, kv, q.shape[2]), []
+    state, out = toys.begin(method, 0, kv, q.shape[2]), []
     for n in range(prompt, room):
         pos = jnp.full((len(ids), 1), n, jnp.int32)
         state, y = stepper(method)(state, jnp.asarray(q[n])[:, :, None], pos, upto(n + 1), jnp.asarray(ids[:, n : n + 1], jnp.int32))
@@ -121,7 +127,7 @@ def test_by_hand():
     ids = np.array([[9, END, 9, 9, END, 9, END, 9, 9]])
     method = SentenceKV(ends=(END,), budget=4, start_tokens=1, recent=1, sentences=4)
     (first, second), _ = drive(method, np.ones((9, 1, 1, 1), np.float32), k, k, ids, 7)
-    assert method.choose(second[1], jnp.asarray(9, jnp.int32)).tolist() == [[[0, 2, 7, 8]]]
+    assert chooser(method)(second[1], jnp.asarray(9, jnp.int32)).tolist() == [[[0, 2, 7, 8]]]
     e = np.exp(k[0, 0, :, 0])
     np.testing.assert_allclose(first[0].item(), (e * k[0, 0, :, 0])[:8].sum() / e[:8].sum(), rtol=1e-5)
     at = [0, 2, 7, 8]
@@ -135,7 +141,7 @@ def test_one_sentence_a_token_is_the_top_tokens_of_the_mean_query():
     method = SentenceKV(ends=(END,), budget=9, start_tokens=2, recent=6, sentences=32)
     got, _ = drive(method, q, k, v, ids, 18)
     logit = np.einsum("bghd,bgjd->bghj", q[18:, :].mean(0).reshape(2, 2, 2, 8), k[:, :, 2:18]).mean(2)
-    chosen = np.asarray(method.choose(got[-1][1], jnp.asarray(24, jnp.int32)))
+    chosen = np.asarray(chooser(method)(got[-1][1], jnp.asarray(24, jnp.int32)))
     for i in range(2):
         for e in range(2):
             assert set(chosen[i, e].tolist()) == {0, 1, *range(18, 24), int(logit[i, e].argmax()) + 2}
@@ -198,9 +204,13 @@ def test_through_the_model():
     stops = np.asarray(force[:, :8]) == END
     np.testing.assert_array_equal(layers[1][0].reader.open - state.open, stops.sum(1))
 
-    plain = decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, jnp.asarray(LIVE)), new=0)[0].x[:, -1]
-    alone = Recipe(reader=recipe.reader)
-    chunks, layers = jax.jit(lambda: prefill_chunked(CFG, params, ids, jnp.asarray(LIVE), alone, chunk=4, new=3, read=True))()
+    alone, live = Recipe(reader=recipe.reader), jnp.asarray(LIVE)
+    plain, (chunks, layers) = jax.jit(
+        lambda: (
+            decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, live), new=0)[0].x[:, -1],
+            prefill_chunked(CFG, params, ids, live, alone, chunk=4, new=3, read=True),
+        )
+    )()
     np.testing.assert_allclose(chunks.x[:, -1], plain, atol=3e-5)
     number = np.asarray(tokens.segment)
     for i in range(4):
@@ -289,7 +299,7 @@ def test_official_outputs(data):
         np.testing.assert_allclose(out.reshape(1, -1) @ c["w.o_proj.weight"].T, c[f"s{t + 1}_out"][0], atol=1e-4)
         assert int(state.open[0]) == int(c[f"s{t + 1}_n_sentences"])
         if int(state.length[0]) > method.threshold:
-            read = np.asarray(method.choose(state, jnp.asarray(n + t + 1, jnp.int32)))[0]
+            read = np.asarray(chooser(method)(state, jnp.asarray(n + t + 1, jnp.int32)))[0]
             assert [set(head[head >= 0].tolist()) for head in read] == [set(np.flatnonzero(a).tolist()) for a in c[f"s{t + 1}_attended"]]
     count = c["final_centroids"].shape[1]
     np.testing.assert_allclose(got[-1][1].mean[0, :, :count], c["final_centroids"], atol=1e-4)

@@ -34,7 +34,7 @@ def queries(kv, t):
 
 def read(method, q, kv, state=None, pos=None):
     """(state, KeyIndex) of a call with queries [b h t d] whose keys are the newest in `kv`."""
-    state = method.start({}, 0, kv, q.shape[1]) if state is None else state
+    state = toys.begin(method, 0, kv, q.shape[1]) if state is None else state
     return reader(method)(state, jnp.asarray(q), queries(kv, q.shape[2]) if pos is None else pos, kv)
 
 

@@ -14,7 +14,7 @@ from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
 from tests.methods.golden import cases
 from tests.methods.vision import tinyllama
-from tests.methods.vision.toyrows import rows
+from tests.methods.vision.toyrows import do, rows
 
 small = {
     "fastv": lambda n: FastV(capacity=n, images=16),
@@ -34,7 +34,7 @@ def test_by_hand():
     """Two heads; the last row looks at rows 1 to 4 with .1 .4 .2 .1 and .3 .0 .2 .1: means .2 .2 .2 .1, the first two of the ties stay."""
     seen = np.zeros((1, 2, 1, 6), np.float32)
     seen[0, :, 0, 1:5] = [[0.1, 0.4, 0.2, 0.1], [0.3, 0.0, 0.2, 0.1]]
-    _, plan = FastV(capacity=2, images=4).plan({}, Held(), pictured(6, 4), Evidence(rows=jnp.asarray(seen)))
+    _, plan = do(FastV(capacity=2, images=4), "plan", {}, Held(), pictured(6, 4), Evidence(rows=jnp.asarray(seen)))
     assert plan.index.tolist() == [[0, 1, 2, 5]] and plan.lost.tolist() == [0]
 
 
@@ -43,8 +43,8 @@ def test_every_query_or_the_last():
     tokens, last, all_ = pictured(6, 4), np.zeros((1, 1, 1, 6), np.float32), np.zeros((1, 1, 6), np.float32)
     last[0, 0, 0, 4], all_[0, 0, 1] = 1, 3
     evidence = Evidence(rows=jnp.asarray(last), received=jnp.asarray(all_))
-    one = FastV(capacity=1, images=4).plan({}, Held(), tokens, evidence)[1]
-    every = FastV(capacity=1, images=4, query="all").plan({}, Held(), tokens, evidence)[1]
+    one = do(FastV(capacity=1, images=4), "plan", {}, Held(), tokens, evidence)[1]
+    every = do(FastV(capacity=1, images=4, query="all"), "plan", {}, Held(), tokens, evidence)[1]
     assert one.index.tolist() == [[0, 4, 5]] and every.index.tolist() == [[0, 1, 5]]
 
 

@@ -16,7 +16,7 @@ from jaxtok.models import encoder, vit
 from jaxtok.models.config import EncoderConfig
 from tests.methods.golden import cases
 from tests.methods.vision import places
-from tests.methods.vision.toyrows import normal, rows
+from tests.methods.vision.toyrows import do, normal, rows
 
 small = {
     "flowcut.vit": lambda n: FlowCutVit(capacity=n, last=1),
@@ -42,7 +42,7 @@ def test_reference(left):
     n, capacity = 15, 5
     v, cls, before = normal(1, 2, 3, n, 4), softmax(3 * normal(2, 2, 3, n)).astype(np.float32), np.abs(normal(3, 2, n))
     method, tokens = FlowCutVit(capacity=capacity, left=left), rows(normal(4, 2, n, 6))
-    state = method.start({}, tokens)._replace(slots=jnp.asarray(before), rest=jnp.ones((), bool))
+    state = do(method, "start", {}, tokens)._replace(slots=jnp.asarray(before), rest=jnp.ones((), bool))
     state, plan, _ = planned(method, state, tokens, Evidence(cls=jnp.asarray(cls), values=jnp.asarray(v)))
     for i in range(2):
         c = cls[i].mean(0)[1:]
@@ -64,7 +64,7 @@ def test_mean_query_reference():
     n, v, k, q = 12, normal(5, 1, 2, 12, 4), normal(6, 1, 2, 12, 4), normal(7, 1, 2, 4)
     method, tokens = FlowCutVit(capacity=4, query="mean", left=2, special=0), rows(normal(8, 1, n, 6), 0)
     evidence = Evidence(keys=jnp.asarray(k), values=jnp.asarray(v), queries=(jnp.asarray(q), jnp.zeros((1, 2, 4, 4))))
-    _, plan, flow = planned(method, method.start({}, tokens), tokens, evidence)
+    _, plan, flow = planned(method, do(method, "start", {}, tokens), tokens, evidence)
     c = np.mean([softmax(k[0, h] @ q[0, h] / 2) for h in range(2)], 0)
     score = c * np.abs(v[0].mean(0)).sum(-1)
     np.testing.assert_allclose(flow.score[0], score, atol=1e-6)
@@ -75,7 +75,7 @@ def test_mean_query_reference():
 def test_uniform_attention_drops_nothing_before_the_last_place():
     method, tokens = FlowCutVit(capacity=3, left=2), rows(normal(9, 1, 12, 4))
     evidence = Evidence(cls=jnp.full((1, 2, 12), 1 / 12), values=jnp.asarray(normal(10, 1, 2, 12, 4)))
-    assert (np.asarray(planned(method, method.start({}, tokens), tokens, evidence)[1].index) >= 0).all()
+    assert (np.asarray(planned(method, do(method, "start", {}, tokens), tokens, evidence)[1].index) >= 0).all()
 
 
 def model(layers, c=8, heads=2, **more) -> tuple[EncoderConfig, Any]:

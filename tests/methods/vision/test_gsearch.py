@@ -20,6 +20,7 @@ from jaxtok.testing import rows
 from jaxtok.testing.world import near
 from jaxtok.train import gsearch as search
 from tests.methods.vision.test_fastv import pictured
+from tests.methods.vision.toyrows import do
 
 small = {
     "gsearch": lambda n: GSearch(capacity=n, images=16),
@@ -33,7 +34,7 @@ def test_by_hand():
     method = GSearch(capacity=1, images=4, schedule=(4, 3, 1))
     place = method.layer(1, 3)
     assert place == GSearch(capacity=3, images=4) and method.layer(2, 3) == GSearch(capacity=1, images=3)
-    _, plan = place.plan({}, Held(), pictured(6, 4), Evidence(asked=jnp.asarray(asked)))
+    _, plan = do(place, "plan", {}, Held(), pictured(6, 4), Evidence(asked=jnp.asarray(asked)))
     assert plan.index.tolist() == [[0, 1, 3, 4, 5]]
 
 
@@ -112,7 +113,7 @@ def test_one_place_is_fastv_with_the_prompts_queries():
     rng = np.random.default_rng(0)
     seen = rng.random((1, 3, 6)).astype(np.float32)
     evidence = Evidence(asked=jnp.asarray(seen), rows=jnp.asarray(seen)[:, :, None])
-    plans = [m.plan({}, Held(), pictured(6, 4), evidence)[1] for m in (GSearch(capacity=2, images=4), FastV(capacity=2, images=4))]
+    plans = [do(m, "plan", {}, Held(), pictured(6, 4), evidence)[1] for m in (GSearch(capacity=2, images=4), FastV(capacity=2, images=4))]
     np.testing.assert_array_equal(plans[0].index, plans[1].index)
 
 

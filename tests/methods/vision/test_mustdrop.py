@@ -10,7 +10,6 @@ import pytest
 
 from jaxtok.core.protocols import Held
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.reduce import reduce
 from jaxtok.core.types import Evidence, Needs
 from jaxtok.methods import MustDropLayers, MustDropSelect, MustDropVit
 from jaxtok.methods.vision.mustdrop import key_set, mustdrop
@@ -19,7 +18,7 @@ from jaxtok.testing.rows import AT, TEXT, world
 from tests.methods.golden import cases
 from tests.methods.vision import numpyllama
 from tests.methods.vision.test_fastv import pictured
-from tests.methods.vision.toyrows import grouped, normal, rows, unit
+from tests.methods.vision.toyrows import do, grouped, normal, reduced, rows, unit
 
 small = {
     "mustdrop.select": lambda n: MustDropSelect(),
@@ -33,7 +32,7 @@ small = {
 @functools.partial(jax.jit, static_argnums=0)
 def merged(method, tokens):
     _, plan = method.plan({}, method.start({}, tokens), tokens, Evidence())
-    return reduce(plan, tokens)
+    return reduced(plan, tokens)
 
 
 def reference(x, side, window, chosen, special=1):
@@ -126,7 +125,7 @@ def test_a_stage_by_hand():
     """Two questions about four rows, sums .5 .1 .1 .3 of 1: the third is low in all (.1 < .15) and in each (.05 < .08); the second has .09."""
     a = np.array([[[0.3, 0.09, 0.05, 0.1], [0.2, 0.01, 0.05, 0.2]]])
     stay = lambda tokens, **more: (
-        MustDropLayers(capacity=4, images=4, **more).plan({}, Held(), tokens, asked(a, 4, 2))[1].assign[0, 1:5] >= 0
+        do(MustDropLayers(capacity=4, images=4, **more), "plan", {}, Held(), tokens, asked(a, 4, 2))[1].assign[0, 1:5] >= 0
     ).tolist()
     tokens = pictured(7, 4)
     assert stay(tokens, total=0.15, peak=0.08) == [True, True, False, True]
@@ -136,7 +135,7 @@ def test_a_stage_by_hand():
     marked = tokens._replace(score=jnp.zeros((1, 7)).at[0, 2].set(1.0))
     assert stay(marked, total=0.15, peak=0.1) == [True, True, False, True]
     assert stay(marked, total=9.0, peak=9.0) == [False, True, False, False]
-    few = MustDropLayers(capacity=2, images=4, total=0.0).plan({}, Held(), marked, asked(a, 4, 2))[1]
+    few = do(MustDropLayers(capacity=2, images=4, total=0.0), "plan", {}, Held(), marked, asked(a, 4, 2))[1]
     assert few.index.tolist() == [[0, 1, 2, 5, 6]]  # the key set, then the largest sum
 
 
@@ -183,9 +182,9 @@ def test_official_outputs_of_the_decoder(data):
             seen = np.zeros((1, a.shape[0], behind, tokens.pos.shape[1]), np.float32)
             seen[0][:, :, image] = a
             entered.append(np.asarray(tokens.pos[0])[live])
-            _, plan = method.plan({}, Held(), tokens, Evidence(rows=jnp.asarray(seen)))
+            _, plan = do(method, "plan", {}, Held(), tokens, Evidence(rows=jnp.asarray(seen)))
             np.testing.assert_array_equal(np.flatnonzero(np.asarray(plan.assign[0])[image] >= 0), case[f"stage{s}_kept_rel"])
-            tokens = reduce(plan, tokens, method.positions)
+            tokens = reduced(plan, tokens, method.positions)
             live = np.asarray(tokens.pos[0]) >= 0
             np.testing.assert_array_equal(tokens.pos[0][live], case[f"stage{s}_kept_original"])
             np.testing.assert_array_equal(tokens.rope[0, live, 0], case[f"stage{s}_position_ids"][0])

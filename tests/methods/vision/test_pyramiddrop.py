@@ -17,6 +17,7 @@ from jaxtok.testing.rows import AT, TEXT, world
 from tests.methods.golden import cases
 from tests.methods.vision import numpyllama, tinyllama
 from tests.methods.vision.test_fastv import pictured
+from tests.methods.vision.toyrows import do
 
 small = lambda n: PyramidDrop(capacity=n, images=16)
 
@@ -30,7 +31,7 @@ def test_by_hand():
     """Two heads; the last row looks at rows 1 to 4 with .1 .4 .2 .1 and .3 .0 .2 .1: means .2 .2 .2 .1, the first two of the ties stay."""
     seen = np.zeros((1, 2, 1, 6), np.float32)
     seen[0, :, 0, 1:5] = [[0.1, 0.4, 0.2, 0.1], [0.3, 0.0, 0.2, 0.1]]
-    _, plan = PyramidDrop(capacity=2, images=4).plan({}, Held(), pictured(6, 4), Evidence(rows=jnp.asarray(seen)))
+    _, plan = do(PyramidDrop(capacity=2, images=4), "plan", {}, Held(), pictured(6, 4), Evidence(rows=jnp.asarray(seen)))
     assert plan.index.tolist() == [[0, 1, 2, 5]]
 
 
@@ -70,7 +71,7 @@ def test_one_stage_that_keeps_its_ids_is_fastv_on_the_layers_own_attention():
     seen = jax.jit(lambda t: decoder.last_rows(TEXT, params, t, 1, layer=AT))(tokens)
     mine = PyramidDrop(capacity=6, images=16, positions="keep")
     fast = FastV(capacity=6, images=16)
-    a, b = (m.plan({}, Held(), tokens, Evidence(rows=seen))[1] for m in (mine, fast))
+    a, b = (do(m, "plan", {}, Held(), tokens, Evidence(rows=seen))[1] for m in (mine, fast))
     np.testing.assert_array_equal(a.index, b.index)
     assert (mine.positions, fast.positions, mine.needs) == ("keep", "keep", fast.needs._replace(own=True))
 

@@ -10,7 +10,6 @@ import pytest
 from jaxtok.core.condense import density_peaks
 from jaxtok.core.protocols import Held
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.reduce import reduce
 from jaxtok.core.types import Evidence, Needs
 from jaxtok.methods import SparseVLM
 from jaxtok.methods.vision.sparsevlm import KEPT, clusters, sparsevlm
@@ -18,6 +17,7 @@ from jaxtok.models import decoder
 from jaxtok.testing.rows import AT, TEXT, world
 from tests.methods.vision import numpyllama
 from tests.methods.vision.test_fastv import pictured
+from tests.methods.vision.toyrows import do, reduced
 
 small = {
     "sparsevlm": lambda n: SparseVLM(capacity=n, images=16),
@@ -55,7 +55,7 @@ def clustered(x, count, total=False):
 def test_raters_by_hand():
     """Two image rows, three text rows behind them; the second text row is the one that is like both."""
     tokens = pictured(6, 2)._replace(x=jnp.asarray([[[9, 9], [1, 0], [1, 0.1], [0, 0], [2, 0], [-1, 0]]], jnp.float32))
-    held = SparseVLM(capacity=1, images=2).start({}, tokens)
+    held = do(SparseVLM(capacity=1, images=2), "start", {}, tokens)
     assert held.slots.tolist() == [[0, 0, 0, 0, 1, 0]]
 
 
@@ -64,7 +64,7 @@ def test_only_raters_are_heard():
     seen = np.zeros((1, 1, 3, 6), np.float32)
     seen[0, 0, :, 1:3] = [[0.9, 0], [0.1, 0.2], [0.9, 0]]
     state = Held(jnp.asarray([[0, 0, 0, 0, 1.0, 0]]))
-    _, plan = SparseVLM(capacity=1, images=2).plan({}, state, pictured(6, 2), Evidence(rows=jnp.asarray(seen)))
+    _, plan = do(SparseVLM(capacity=1, images=2), "plan", {}, state, pictured(6, 2), Evidence(rows=jnp.asarray(seen)))
     assert plan.index.tolist() == [[0, 2, 3, 4, 5]]
 
 
@@ -95,13 +95,13 @@ def test_the_best_dropped_rows_come_back(variant):
     tokens = pictured(n, images, 3)._replace(x=jnp.asarray(x)[None])
     method = SparseVLM(capacity=8, images=images, made=2, variant=variant)
     assert clusters(46) == 2
-    held = method.start({}, tokens)
+    held = do(method, "start", {}, tokens)
     text = np.arange(n) >= 55
     image = (np.arange(n) >= 3) & ~text
     rate = raters(x.astype(np.float64), image, text)
     np.testing.assert_array_equal(np.flatnonzero(held.slots[0]), rate)
-    _, plan = method.plan({}, held, tokens, Evidence(rows=jnp.asarray(a)))
-    out = reduce(plan, tokens, "repack")
+    _, plan = do(method, "plan", {}, held, tokens, Evidence(rows=jnp.asarray(a)))
+    out = reduced(plan, tokens, "repack")
     score = a[0].mean(0)[rate - 55].mean(0)
     order = 3 + np.argsort(-score[3:55], kind="stable")
     want = [*x[:3], *x[np.sort(order[:6])], *clustered(x[np.sort(order[6:20])], 2, variant == "paper"), *x[55:]]

@@ -12,7 +12,7 @@ from jaxtok.methods.vision.transprune import transprune
 from tests.methods.golden import cases
 from tests.methods.vision import tinyllama
 from tests.methods.vision.places import TINY, model, prompt, spy
-from tests.methods.vision.toyrows import normal, rows
+from tests.methods.vision.toyrows import do, normal, rows
 
 small = {
     "transprune": lambda n: TransPrune(capacity=n, images=16),
@@ -41,7 +41,7 @@ def transition(change, live):
 
 def planned(method, tokens, evidence, state=None):
     run = jax.jit(lambda state, tokens, evidence: method.plan({}, state, tokens, evidence))
-    return run(method.start({}, tokens) if state is None else state, tokens, evidence)
+    return run(do(method, "start", {}, tokens) if state is None else state, tokens, evidence)
 
 
 def test_by_hand():
@@ -82,9 +82,9 @@ def test_the_scale_of_a_block_cancels():
     tokens, change, asked = world(5)
     method, louder = TransPrune(capacity=3, images=6), change * np.array([3, 1], np.float32)
     both = [Evidence(change=jnp.asarray(c), asked=jnp.asarray(asked)) for c in (change, louder)]
-    one, three = (method.observe({}, method.start({}, tokens), tokens, e) for e in both)
+    one, three = (do(method, "observe", {}, do(method, "start", {}, tokens), tokens, e) for e in both)
     np.testing.assert_allclose(3 * one.slots, three.slots, rtol=1e-5)
-    np.testing.assert_allclose(method.score({}, one, tokens, both[0]), method.score({}, three, tokens, both[1]), rtol=1e-5)
+    np.testing.assert_allclose(do(method, "score", {}, one, tokens, both[0]), do(method, "score", {}, three, tokens, both[1]), rtol=1e-5)
 
 
 def test_official_outputs(data):

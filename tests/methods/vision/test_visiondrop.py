@@ -9,7 +9,6 @@ import pytest
 
 from jaxtok.core.protocols import Held
 from jaxtok.core.recipe import Recipe
-from jaxtok.core.reduce import reduce
 from jaxtok.core.types import Evidence
 from jaxtok.methods import FasterVLM, VisionDropLayers, VisionDropSelect
 from jaxtok.methods.vision.visiondrop import visiondrop
@@ -19,6 +18,7 @@ from tests.methods.golden import cases
 from tests.methods.vision import numpyllama, tinyllama
 from tests.methods.vision.select import best, images, kept, left
 from tests.methods.vision.test_fastv import pictured
+from tests.methods.vision.toyrows import do, reduced
 
 small = {
     "visiondrop.select": lambda n: VisionDropSelect(capacity=n, contextual=3),
@@ -91,20 +91,20 @@ def test_a_stage_by_hand():
     looked = jnp.asarray([[[9, 0.1, 0.6, 0.2, 0.5, 0.3, 9]]])
     keys = jnp.asarray([[0, 0], [1, 0], [0, 0], [0, 1], [0, 0], [0, 1], [0, 0]], jnp.float32)[None, None]
     method = VisionDropLayers(capacity=4, images=5, contextual=2)
-    _, plan = method.plan({}, Held(), tokens, Evidence(looked=looked, keys=keys))
+    _, plan = do(method, "plan", {}, Held(), tokens, Evidence(looked=looked, keys=keys))
     assert plan.index.tolist() == [[0, 2, 4, 1, 3, 6]]  # step = 3 // 2 = 1: targets 1 and 3
-    assert reduce(plan, tokens).x[0, :, 0].tolist() == [0, 2, 4, 1, 3 + 5, 6]
+    assert reduced(plan, tokens).x[0, :, 0].tolist() == [0, 2, 4, 1, 3 + 5, 6]
     one = VisionDropLayers(capacity=3, images=5, contextual=1, positions="keep")
-    _, plan = one.plan({}, Held(), tokens, Evidence(looked=looked, keys=keys))
+    _, plan = do(one, "plan", {}, Held(), tokens, Evidence(looked=looked, keys=keys))
     assert plan.index.tolist() == [[0, 1, 2, 4, 6]]  # the target stays in its place
-    assert reduce(plan, tokens).x[0, :, 0].tolist() == [0, 1 + (3 + 5) / 2, 2, 4, 6]
+    assert reduced(plan, tokens).x[0, :, 0].tolist() == [0, 1 + (3 + 5) / 2, 2, 4, 6]
 
 
 def test_more_text_than_there_is_room_for_takes_the_place_of_image_rows_and_is_counted():
     """Told of 4 image rows, given 2 and more text: of the 7 rows 5 are left, the text and no image."""
     tokens, method = pictured(7, 2), VisionDropLayers(capacity=2, images=4, contextual=1)
     evidence = Evidence(looked=jnp.ones((1, 1, 7)), keys=jnp.ones((1, 1, 7, 2)))
-    out = reduce(method.plan({}, Held(), tokens, evidence)[1], tokens)
+    out = reduced(do(method, "plan", {}, Held(), tokens, evidence)[1], tokens)
     assert out.source.tolist() == [[0, -1, -1, 1, 2, 3, 4]] and out.lost.tolist() == [2]
 
 

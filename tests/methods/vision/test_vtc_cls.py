@@ -8,6 +8,7 @@ from jaxtok.core.types import Evidence
 from jaxtok.methods import VTCCLS, FasterVLM
 from tests.methods.golden import cases
 from tests.methods.vision.select import best, images, kept, left
+from tests.methods.vision.toyrows import do
 
 small = lambda n: VTCCLS(capacity=n, layers=(0, 1))
 
@@ -52,6 +53,6 @@ def test_official_outputs(data):
         cls = case["cls_attn_all_layers"][start:-1]
         method = VTCCLS(capacity=t, layers=tuple(range(start, start + len(cls))))
         tokens = images(case["features_with_cls"])
-        np.testing.assert_allclose(np.asarray(method.score({}, tokens, Evidence(cls=cls)))[0, 1:], case["score_sum"], rtol=1e-5)
+        np.testing.assert_allclose(np.asarray(do(method, "score", {}, tokens, Evidence(cls=cls)))[0, 1:], case["score_sum"], rtol=1e-5)
         assert (np.array(kept(method, tokens, Evidence(cls=cls))[1:]) - 1).tolist() == case["kept_indices_sorted"].tolist()
         np.testing.assert_allclose(left(method, tokens, Evidence(cls=cls)).x[:, 1:], case["out_features"])

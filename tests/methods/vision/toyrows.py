@@ -1,9 +1,21 @@
 """Rows of images and what an encoder tells of them, for the tests of methods inside encoders."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtok.core.reduce import reduce
 from jaxtok.core.types import IMAGE, SPECIAL, Tokens
+
+reduced = jax.jit(reduce, static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def do(method, name, *args):
+    """A method's own function, in one program: done eagerly, each operation in it would be compiled by itself."""
+    return getattr(method, name)(*args)
 
 
 def rows(x, special=1, live=None, size=None, grid=None, segment=None) -> Tokens:
