@@ -68,7 +68,7 @@ def flash(
 
     Raises:
       ValueError: shapes, dtypes, window, blocks or impl are wrong.
-      NotImplementedError: on GPUs, float32 (wgmma takes 16 bits), head dims over 256, a gradient with head dims over 128; "interpret_gpu"
+      NotImplementedError: on TPUs, float16; on GPUs, float32 (wgmma takes 16 bits), head dims over 256, a gradient with head dims over 128; "interpret_gpu"
         in a JAX that has no such interpreter.
 
     Source: FlashAttention-2, arXiv:2307.08691 (online softmax, recomputed backward).
