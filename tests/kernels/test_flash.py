@@ -158,6 +158,8 @@ def test_refused():
     }.items():
         with pytest.raises(ValueError, match=match):
             call(**options)
+    with pytest.raises(NotImplementedError, match="float16 on TPUs"):
+        call(q.astype("float16"), k.astype("float16"), k.astype("float16"), impl="pallas_tpu")
     for match, options in {  # what the shapes in the signature would find first in a test run
         "k must be": {"k": k[..., :8]},
         "all but the last axis": {"v": k[:, :, :7]},

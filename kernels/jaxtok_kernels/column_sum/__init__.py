@@ -35,11 +35,11 @@ def column_sum(
     lse and q_pos. Dead keys and dead queries give zero; the sum over j is the number of queries that see something. No gradient.
 
     Cost: one product a visible pair (flash: two). Bytes moved: k and received once, q and lse once for each block of keys that they may
-    see, shared by the query heads of a group; blocks are skipped as in flash. Nothing of size t x s exists.
+    see; k is fetched once for all query heads of a group (GPUs: once for each). Blocks are skipped as in flash. Nothing of size t x s exists.
 
     Raises:
       ValueError: shapes, dtypes, window, blocks or impl are wrong.
-      NotImplementedError: a gradient was asked for.
+      NotImplementedError: a gradient was asked for; and as in flash on GPUs.
     """
     spec = make_spec(
         q, impl, causal=causal, window=window, softcap=softcap, scale=scale, diagonal=diagonal, block_q=block_q, block_k=block_k

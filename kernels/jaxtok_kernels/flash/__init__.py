@@ -42,28 +42,34 @@ def flash(
 
     Args:
       q, k, v: one of float32, bfloat16, float16; values may be wider or narrower than keys. Logits, softmax and sums are float32;
-        probabilities meet v in v's dtype. float32 products are at full precision. Any head dim: one that is no multiple of 128 is
-        padded inside the chip, not in memory.
+        probabilities meet v in v's dtype. float32 products are at full precision. Any head dim: TPUs
+        pad one that is no multiple of 128 inside the chip, GPUs one that is no multiple of 64 in memory.
       bias: added after the soft-cap, always finite (the log of the number of tokens that a slot stands for).
       window: a static number of positions that a query sees, its own included; None = all.
       scale: of q . k; None = d ** -0.5.
       diagonal: promises that key row j > query row i + diagonal is never visible, so blocks beyond it are not computed: 0 for causal
         self-attention over packed rows, the number of earlier rows for a chunk after a prefix. A false promise drops those keys. Without
         it the same blocks are found at run time, from the positions.
-      block_q, block_k: query rows and key rows of a block, multiples of 16; None = chosen by the kernel.
-      count: also return i32 [2]: the tiles (block_q rows of each query head of a group times block_k keys) that were computed and the
-        K/V blocks that were fetched, counted inside the kernel.
-      impl: "pallas_tpu"; "interpret" runs that kernel in the Pallas interpreter on any machine.
+      block_q, block_k: query rows and key rows of a block, multiples of 16; None = chosen by the kernel. On GPUs a block is 128 rows, the
+        query heads of a group one after another, and 64 or 128 keys: block_q is not used.
+      count: also return i32 [2]: the tiles that were computed and the K/V blocks that were fetched, counted inside the kernel. A tile is
+        block_q rows of each query head of a group (GPUs: 128 rows) times block_k keys.
+      impl: "pallas_tpu", "pallas_gpu" (Hopper), or the same kernels on any machine: "interpret" runs the TPU kernel in the Pallas
+        interpreter, "interpret_gpu" the other in the GPU interpreter (jax >= 0.11.2). There, probabilities and logit gradients go to the
+        second product through shared memory, as the interpreter has no product with a left side in registers; all else is the same.
 
     Cost: blocks that can hold no visible pair, judged by `diagonal` and by the ranges of their positions and segments, are not computed;
-    those before the first and after the last block that a block of queries needs are not fetched either. Bytes moved: q, out, lse once;
-    K and V once for each block of queries that needs them, shared by the query heads of a group. Nothing of size t x s exists.
+    those before the first and after the last block that a block of queries needs are not fetched either (GPUs: those between are
+    computed, and masked; blocks all of whose pairs are visible skip the mask). Bytes moved: q, out, lse once; K and V once for each block
+    of queries that needs them, shared by the query heads of a group. Nothing of size t x s exists.
 
-    Gradients reach q, k, v and bias, from out and from lse, by kernels of their own that compute each tile again from q, k and lse (five
-    products a pair against two). Logits of visible pairs must be finite.
+    Gradients reach q, k, v and bias, from out and from lse, by kernels of their own that compute each tile again from q, k and lse (three
+    products a pair for dq and four for dk and dv, against two). Logits of visible pairs must be finite.
 
     Raises:
       ValueError: shapes, dtypes, window, blocks or impl are wrong.
+      NotImplementedError: on TPUs, float16; on GPUs, float32 (wgmma takes 16 bits), head dims over 256, a gradient with head dims over 128; "interpret_gpu"
+        in a JAX that has no such interpreter.
 
     Source: FlashAttention-2, arXiv:2307.08691 (online softmax, recomputed backward).
     """

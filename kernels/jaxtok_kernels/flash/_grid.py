@@ -92,6 +92,8 @@ def make(spec: Spec, x: Given, q: jax.Array, k: jax.Array, *, rows: int, by_keys
     """The grid of a call with about `rows` folded rows a block, and the positions in its blocks."""
     (b, h, t), (g, s) = q.shape[:3], k.shape[1:3]
     r = h // g
+    if q.dtype == jnp.float16 and not spec.interpret:
+        raise NotImplementedError("no kernel for float16 on TPUs: cast q, k, v to bfloat16")
     block_q = divide(t, max(rows // r // 16 * 16, 16), 16) if spec.block_q is None else min(spec.block_q, round_up(t, 16))
     block_k = divide(s, KEYS, 128) if spec.block_k is None else min(spec.block_k, round_up(s, 16))
     at = ids(x, r, block_q, block_k)

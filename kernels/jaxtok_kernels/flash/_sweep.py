@@ -128,7 +128,12 @@ def sweep(
     smem = lambda lead, tile, kind: plgpu.SMEM((*lead, *tile), kind, **(swizzled if tile and jnp.dtype(kind).itemsize == 2 else {}))
     types = [smem((TEAM, M), p.tile, p.x.dtype) for p in outer]
     types += [smem((STAGES, block), p.tile, p.x.dtype) for p in inner]
-    types += [smem((TEAM, M), tile, kind) for tile, kind in outs]
+    over, kinds = [], [(p.tile, jnp.dtype(p.x.dtype)) for p in outer]  # the outer array in whose place an out is written, where one fits
+    for tile, kind in outs:
+        fits = [i for i, have in enumerate(kinds) if tile and have == (tile, jnp.dtype(kind)) and i not in over]
+        over.append(fits[0] if fits else None)
+    apart = [o for o, i in zip(outs, over, strict=True) if i is None]
+    types += [smem((TEAM, M), tile, kind) for tile, kind in apart]
     through = bool(spec.interpret)  # the interpreter has no product whose left side is in registers
     types += [smem((TEAM, M), (block,), dtype)] * (scratch and through)
     types += [plgpu.SMEM((2, 128), I32)] * spec.count
@@ -146,7 +151,9 @@ def sweep(
         count_g, refs = (refs[0], refs[1:]) if spec.count else (None, refs)
         outer_s, refs = cut(outer)
         inner_s, refs = cut(inner)
-        outs_s, refs = cut(outs)
+        apart_s, refs = cut(apart)
+        rooms = iter(apart_s)
+        outs_s = [next(rooms) if i is None else outer_s[i] for i in over]
         *rest, outer_bar, full, free = refs
         p_s = rest[0] if scratch and through else None
         count_s = rest[-1] if spec.count else None
