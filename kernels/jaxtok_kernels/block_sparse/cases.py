@@ -75,7 +75,7 @@ class Case:
         nq, wide = self.blocks[0], (self.b, self.g, self.s)
         table = self.b, self.lists, nq, self.room
         of = {"q": (self.b, self.h, self.t, self.d), "k": (*wide, self.d), "v": (*wide, self.c)}
-        found = {name: (shape, self.dtype) for name, shape in of.items()}
+        found: dict[str, tuple[tuple[int, ...], str]] = {name: (shape, self.dtype) for name, shape in of.items()}
         found |= {
             "block_index": (table, "int32"),
             "block_count": (table[:3], "int32"),
@@ -123,7 +123,8 @@ GPU = {  # for the interpreter of GPU kernels, which is slow
 
 
 def _wide(**more: Any) -> Case:
-    return Case(**dict(h=32, g=8, d=128, c=128, bq=128, bk=128, dtype="bfloat16") | more)
+    given: dict[str, Any] = dict(h=32, g=8, d=128, c=128, bq=128, bk=128, dtype="bfloat16")
+    return Case(**(given | more))
 
 
 LARGE = {  # for lowering, full compiles and benchmarks
