@@ -101,4 +101,4 @@ def main(o: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__.partition("\n")[0]))
+    main(tyro.cli(Options, description=(__doc__ or "").partition("\n")[0]))

@@ -1,6 +1,8 @@
 """Attention of blocks of queries to listed blocks of keys; a block that is not listed is neither fetched nor computed."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +75,10 @@ def block_sparse(
         raise ValueError(
             f"{t} queries in blocks of {block_q} are {-(-t // max(block_q, 1))} blocks, the table has {nq}; block_k is {block_k}"
         )
+    fits = q_pos.shape == (b, t) and k_pos.shape == (b, g, s) and block_count.shape == (b, e, nq) and k.shape == (b, g, s, d)
+    if not fits or v.shape[:3] != (b, g, s) or (bias is not None and bias.shape != (b, g, s)):
+        shapes = [None if x is None else list(x.shape) for x in (q, k, v, block_count, q_pos, k_pos, bias)]
+        raise ValueError(f"q [b h t d], k [b g s d], v [b g s c], block_count [b e nq], q_pos [b t], k_pos, bias [b g s] are {shapes}")
     if token_mask is not None and token_mask.shape != (b, e, nq, m, block_k):
         raise ValueError(f"token_mask must be [{b} {e} {nq} {m} {block_k}], got {list(token_mask.shape)}")
     if not (q.dtype == k.dtype == v.dtype) or any(x.dtype != jnp.int32 for x in (block_index, block_count, q_pos, k_pos)):
@@ -97,11 +103,11 @@ def block_sparse(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attend(spec: Spec, impl: str, q, k, v, bias, tables: Tables):
-    return _side(impl).forward(spec, q, k, v, bias, tables, **_how(impl))
+    return _passes(impl)[0](spec, q, k, v, bias, tables)
 
 
 def _forward(spec, impl, q, k, v, bias, tables):
-    result = _attend(spec, impl, q, k, v, bias, tables)
+    result = _passes(impl)[0](spec, q, k, v, bias, tables)
     return result, (q, k, v, bias, tables, *result[:2])
 
 
@@ -111,24 +117,21 @@ def _backward(spec, impl, saved, cotangents):
     # A row that sees nothing is a constant: its cotangents, which may be NaN (log 0, 0/0 in the caller), stop here.
     dout = jnp.where(live[..., None], cotangents[0], 0).astype(v.dtype)
     dlse = jnp.where(live, cotangents[1], 0)
-    return *_side(impl, True).backward(spec, q, k, v, bias, tables, out, lse, dout, dlse, **_how(impl)), None
+    return *_passes(impl)[1](spec, q, k, v, bias, tables, out, lse, dout, dlse), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _side(impl, grad=False):
-    """The module of an implementation; a kernel's is imported when it is used."""
+def _passes(impl: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of an implementation; a kernel's modules are imported when it is used."""
     if impl == "xla":
-        return xla
+        return xla.forward, xla.backward
     if impl.endswith("gpu"):
-        from jaxtok_kernels.block_sparse import gpu, gpu_grad
-
-        return gpu_grad if grad else gpu
-    from jaxtok_kernels.block_sparse import tpu, tpu_grad
-
-    return tpu_grad if grad else tpu
-
-
-def _how(impl):
-    return {} if impl == "xla" else {"interpret": impl.startswith("interpret")}
+        from jaxtok_kernels.block_sparse import gpu as ahead
+        from jaxtok_kernels.block_sparse import gpu_grad as back
+    else:
+        from jaxtok_kernels.block_sparse import tpu as ahead
+        from jaxtok_kernels.block_sparse import tpu_grad as back
+    interpret = impl.startswith("interpret")
+    return functools.partial(ahead.forward, interpret=interpret), functools.partial(back.backward, interpret=interpret)

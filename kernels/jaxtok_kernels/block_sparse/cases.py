@@ -75,7 +75,7 @@ class Case:
         nq, wide = self.blocks[0], (self.b, self.g, self.s)
         table = self.b, self.lists, nq, self.room
         of = {"q": (self.b, self.h, self.t, self.d), "k": (*wide, self.d), "v": (*wide, self.c)}
-        found = {name: (shape, self.dtype) for name, shape in of.items()}
+        found: dict[str, tuple[tuple[int, ...], str]] = {name: (shape, self.dtype) for name, shape in of.items()}
         found |= {
             "block_index": (table, "int32"),
             "block_count": (table[:3], "int32"),
@@ -90,15 +90,17 @@ class Case:
 
 
 CASES = {  # the first four share their programs
-    "everything": Case(density=1.0, bias=True),
-    "nothing listed": Case(density=0.0, most=4, bias=True),
-    "one live key": Case(density=1.0, dead=2.0, bias=True),
-    "all dead": Case(density=1.0, dead=1.0, bias=True),
+    "everything": Case(h=4, density=1.0, bias=True),
+    "nothing listed": Case(h=4, density=0.0, most=4, bias=True),
+    "one live key": Case(h=4, density=1.0, dead=2.0, bias=True),
+    "all dead": Case(h=4, density=1.0, dead=1.0, bias=True),
     "heads of their own, unequal blocks": Case(b=2, h=4, g=2, e=4, bk=8, counts="random", most=6, softcap=3.0, mask=0.6, bias=True),
     "8 heads, ragged": Case(h=8, t=41, s=59, d=24, c=8, bk=24, density=1.0, counts="random", window=30, dead=0.2),
     "one query a block": Case(t=3, s=20, bq=1, bk=5, density=0.5, causal=False, mask=0.7),
     "one query, one key": Case(h=1, t=1, s=1, bq=16, bk=16, density=1.0),
-    "bf16": Case(b=2, h=4, e=0, g=1, t=40, bk=32, dtype="bfloat16", bias=True, density=1.0, counts="random", mask=0.8, softcap=5.0),
+    "bf16, lists of two heads": Case(
+        b=2, h=4, e=2, g=1, t=40, bk=32, dtype="bfloat16", bias=True, density=1.0, counts="random", mask=0.8, softcap=5.0
+    ),
 }
 GPU = {  # for the interpreter of GPU kernels, which is slow
     "two warpgroups": Case(h=2, t=40, s=66, bq=64, bk=64, dtype="bfloat16", density=1.0),
@@ -123,7 +125,8 @@ GPU = {  # for the interpreter of GPU kernels, which is slow
 
 
 def _wide(**more: Any) -> Case:
-    return Case(**dict(h=32, g=8, d=128, c=128, bq=128, bk=128, dtype="bfloat16") | more)
+    given: dict[str, Any] = dict(h=32, g=8, d=128, c=128, bq=128, bk=128, dtype="bfloat16")
+    return Case(**(given | more))
 
 
 LARGE = {  # for lowering, full compiles and benchmarks

@@ -3,7 +3,8 @@
 16-bit dtypes. A warpgroup holds 64 rows (of one query head); two share each copy. Blocks of queries are rounded up to 64 rows, blocks of keys to 64, or to
 whole tiles of 128 where they are larger, widths to 64: what does not fit is copied once, padded. All h/e heads of a list walk it by themselves,
 so a listed block is copied h/e * block_q / 128 times, past the first time out of the L2 cache; `count` tells what the first two warpgroups did.
-The interpreter knows no wgmma with an operand in registers: there (`interpret`) probabilities pass through shared memory.
+The interpreter knows no wgmma with an operand in registers: there (`interpret`) probabilities pass through shared memory; and its threads may wait
+for ever inside a larger program: call it outside jit. ptxas of CUDA 12.8 to 12.9.0 is known to miscompile masked attention of this kind.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """The backward pass of attention to listed blocks of keys on NVIDIA Hopper: dq along the lists; dk, dv and dbias along their transpose.
 
-Layout as in gpu.py, tiles of 64 queries by 64 keys. For dk and dv a warpgroup holds 64 keys; queries and cotangents of the rows that list them stream by.
+Layout as in gpu.py, tiles of 64 queries by 64 keys. For dk and dv a warpgroup holds 64 keys; queries and cotangents of the rows that list them stream by;
+heads wider than 128 spill registers there.
 """
 
 import functools
