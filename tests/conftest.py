@@ -58,17 +58,21 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_finish():
-    """What tracing leaves is seldom garbage: the collector need not walk through what stays for good, nor as often through the rest."""
+    """The collector need not walk through what stays for good."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 10)
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Compiled programs are let go before a process runs out of memory maps (65,530 on Linux), where the compiler would crash, and before
-    the collector's walks through all that was traced take longer than the tests."""
-    maps = pathlib.Path("/proc/self/maps")
-    if (nextitem is None or group(nextitem.nodeid) != group(item.nodeid)) and maps.exists() and maps.read_bytes().count(b"\n") > 5_000:
+    """Between groups compiled programs and what was traced are let go before a process holds too much: memory maps (65,530 on Linux, where
+    the compiler would crash), bytes, and objects that the collector walks through."""
+    if nextitem is not None and group(nextitem.nodeid) == group(item.nodeid):
+        return
+    own = pathlib.Path("/proc/self")
+    if not (own / "maps").exists():
+        return
+    maps, resident = (own / "maps").read_bytes().count(b"\n"), int((own / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if maps > 5_000 or resident > 1.5e9:
         jax.clear_caches()
         gc.collect()
 
