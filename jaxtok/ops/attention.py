@@ -30,7 +30,7 @@ from jaxtok.ops._chunked import (
     unfold,
     walk,
 )
-from jaxtok.ops._impl import chosen, settings
+from jaxtok.ops._impl import chosen, settings, unfit
 from jaxtok.ops._shared import Impl, Shared
 
 
@@ -89,9 +89,10 @@ def attention(
     if isinstance(impl, Shared):
         see = dict(q_pos=q_pos, k_pos=k_pos, bias=bias, q_segment=q_segment, k_segment=k_segment, causal=causal, window=window)
         return impl.attention(q, k, v, **see, softcap=softcap, scale=scale, diagonal=diagonal, out_dtype=out_dtype)
-    traced = "its window is a static int or None, not an array" if isinstance(window, jax.Array) else None
-    kind = chosen("flash", impl, traced)
-    check(q, k, q_pos, k_pos, v=v, bias=bias, softcap=softcap, diagonal=diagonal, segments=(q_segment, k_segment))
+        check(q, k, q_pos, k_pos, v=v, bias=bias, softcap=softcap, diagonal=diagonal, segments=(q_segment, k_segment))
+    kind = chosen(
+        "flash", impl, "its window is a static int or None, not an array" if isinstance(window, jax.Array) else None, unfit(q, k, v)
+    )
     dtype = jnp.dtype(q.dtype if out_dtype is None else out_dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"out_dtype is {dtype}; it must be a floating dtype")

@@ -27,7 +27,7 @@ from jaxtok.ops._chunked import (
     take,
     walk,
 )
-from jaxtok.ops._impl import chosen, settings
+from jaxtok.ops._impl import chosen, settings, unfit
 from jaxtok.ops._shared import Impl, Shared
 from jaxtok.ops.noise import gumbel
 
@@ -61,8 +61,10 @@ def received(
     if isinstance(impl, Shared):
         see = dict(q_pos=q_pos, k_pos=k_pos, bias=bias, causal=causal, window=window, softcap=softcap, scale=scale)
         return impl.received(q, k, lse, **see, diagonal=diagonal)
-    kind = chosen("column_sum", impl, "its window is a static int or None, not an array" if isinstance(window, jax.Array) else None)
     check(q, k, q_pos, k_pos, bias=bias, lse=lse, softcap=softcap, diagonal=diagonal)
+    kind = chosen(
+        "column_sum", impl, "its window is a static int or None, not an array" if isinstance(window, jax.Array) else None, unfit(q, k)
+    )
     if not q.size or not k.size:
         return jnp.zeros((*q.shape[:2], k.shape[2]), jnp.float32)
     if kind != "xla":
