@@ -390,8 +390,33 @@ def test_wrong_merges(untyped):
         merge(out, lse, out.astype(jnp.bfloat16), lse)
 
 
-@pytest.mark.parametrize(("impl", "platform"), [("pallas_tpu", "TPU"), ("pallas_gpu", "NVIDIA GPU"), ("interpret", "interpreter")])
-def test_kernels_that_do_not_exist(impl, platform):
-    floats, rest = split(CASES["short"][0])
-    with pytest.raises(NotImplementedError, match=f"{platform}.*impl='xla'"):
-        attention(**floats, **rest, impl=impl)
+def test_kernels_by_name():
+    """The kernel gives what XLA gives, in the dtype asked for; a traced window is not for it."""
+    floats, rest = split(CASES["gqa"][0])
+    static = CASES["gqa"][1]
+    found, want = (
+        jax.jit(functools.partial(attention, **static, out_dtype=jnp.float32, impl=i))(**floats, **rest) for i in ("interpret", "xla")
+    )
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    with pytest.raises(NotImplementedError, match="impl='pallas_tpu': its window is a static int or None, not an array; use impl='xla'"):
+        attention(**floats, **rest, window=jnp.int32(3), impl="pallas_tpu")
+
+
+def test_segments():
+    """Packed sequences are what they are alone; dense by the definition, gradients too."""
+    x, segment = make(4, 2, 20, 20, bias=True, dead=(0, 3)), np.sort(np.random.default_rng(5).integers(0, 3, (2, 20)), 1).astype(np.int32)
+    floats, rest = split(x)
+    given = {"q_segment": jnp.asarray(segment), "k_segment": jnp.asarray(segment)}
+    loss = lambda floats, rest, more: jnp.sum(attention(**floats, **rest, **more)[0] ** 2)
+    run = jax.jit(jax.value_and_grad(loss))
+    value, grads = run(floats, rest, given)
+    parts = []
+    for j in range(3):
+        alone = rest | {name: jnp.where(given["q_segment"] == j, rest[name], -1) for name in ("q_pos", "k_pos")}
+        parts.append(run(floats, alone, {}))
+    np.testing.assert_allclose(value, sum(v for v, _ in parts), rtol=1e-5)
+    for name, g in grads.items():
+        np.testing.assert_allclose(g, sum(p[name] for _, p in parts), atol=2e-5, err_msg=name)
+    with pytest.raises(ValueError, match="come together"):
+        attention(**floats, **rest, q_segment=given["q_segment"])
