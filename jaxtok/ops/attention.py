@@ -89,7 +89,7 @@ def attention(
     if isinstance(impl, Shared):
         see = dict(q_pos=q_pos, k_pos=k_pos, bias=bias, q_segment=q_segment, k_segment=k_segment, causal=causal, window=window)
         return impl.attention(q, k, v, **see, softcap=softcap, scale=scale, diagonal=diagonal, out_dtype=out_dtype)
-        check(q, k, q_pos, k_pos, v=v, bias=bias, softcap=softcap, diagonal=diagonal, segments=(q_segment, k_segment))
+    check(q, k, q_pos, k_pos, v=v, bias=bias, softcap=softcap, diagonal=diagonal, segments=(q_segment, k_segment))
     kind = chosen(
         "flash", impl, "its window is a static int or None, not an array" if isinstance(window, jax.Array) else None, unfit(q, k, v)
     )
