@@ -112,7 +112,7 @@ def test_compare(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "Expected one of {list, generate, compare, show}"),
+        ([], "Expected one of {list, generate, compare, show, launch}"),
         (["nope"], "nope"),
         (["compare", "--nonsense", "3"], "--nonsense"),
         (["compare", "--count", "x"], "--count: invalid literal for int"),
