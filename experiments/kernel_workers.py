@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 START = 90.0  # seconds that a new process may take beside its first row
-FATAL = "CUDA_ERROR", "illegal", "misaligned", "INTERNAL:", "ABORTED"  # in errors that outlive the row
+FATAL = "CUDA_ERROR"  # in errors that outlive the row, beside those that the worker calls fatal
 
 
 class Worker:
@@ -88,7 +88,7 @@ def run(
                     row = left.pop(0)
                 worker = Worker(command, os.environ | (env or {})) if worker is None else worker
                 answer = worker.ask(row, min(each, until + 10 - time.monotonic()))
-                if answer.pop("fatal", False) or any(x in answer.get("error", "") for x in FATAL):
+                if answer.pop("fatal", False) or FATAL in answer.get("error", ""):
                     worker.close()
                     worker = None
                 with lock:
