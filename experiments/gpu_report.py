@@ -6,7 +6,7 @@ Command: python experiments/gpu_report.py                     (Python and JAX wi
 Hardware and time: one NVIDIA H200 or another Hopper GPU; 9 minutes at most (--limit SECONDS), the most important rows first.
 Expected: experiments/results/gpu_report/results.json and README.md (--out FOLDER), written anew after every row; exit code 0 unless numbers are wrong.
 
-First the numbers, in --jobs processes side by side that share the GPU, for two fifths of the time at most: forward passes, then gradients; a case
+First the numbers, in --jobs processes side by side that share the GPU, for two fifths of the time at most (and what is left at the end): forward passes, then gradients; a case
 that a kernel refuses in words ("on GPUs all are bfloat16") is listed and no failure, one that does not compile, hangs or differs is. Then the rows of
 bench_kernels, one process, so that nothing runs beside what is timed. What time did not suffice for is listed as left.
 """
@@ -79,7 +79,9 @@ def page(document: dict[str, Any]) -> str:
     parts = [
         f"# Kernels on {about['device']}",
         f"{versions}, Python {about['python']}, {about['date']}; impl {document['impl']}{', tiny shapes' if document['quick'] else ''}. "
-        "Columns and how they were measured: `experiments/bench_kernels.py`.",
+        "Columns and how they were measured: `experiments/bench_kernels.py`."
+        + " In an interpreter times mean nothing."
+        * document["impl"].startswith("interpret"),
         "## Goals\n\n" + bench.markdown(GOALS, bench.goal_lines(document["goals"])),
         "## Numbers\n\n" + bench.markdown(TALLY, tally(checks, left)),
     ]
@@ -114,9 +116,10 @@ def main(o: Options) -> dict[str, Any]:
 
     how: dict[str, Any] = dict(impl=impl, quick=o.quick, here=o.here, each=o.each, repeats=o.repeats, budget=o.budget)
     rest = lambda: o.limit - (time.monotonic() - begin)
-    memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes share the device
-    bench.walk(checks, done, **how, limit=NUMBERS * rest() if timed else rest(), jobs=o.jobs, env=memory)
+    shared: dict[str, Any] = dict(jobs=o.jobs if about["backend"] == "gpu" else 1, env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    bench.walk(checks, done, **how, **shared, limit=NUMBERS * rest() if timed else rest())
     bench.walk(timed, done, **how, limit=rest())
+    bench.walk([name for name in checks if name in left], done, **how, **shared, limit=rest())
     progress.close()
     wrong = failed(document["checks"])
     for r in wrong:

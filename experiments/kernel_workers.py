@@ -41,7 +41,7 @@ class Worker:
 
     def ask(self, row: str, seconds: float) -> dict[str, Any]:
         assert self.process.stdin is not None
-        seconds, self.fresh = seconds + START * self.fresh, False
+        self.fresh = False
         try:
             self.process.stdin.write(row + "\n")
             self.process.stdin.flush()
@@ -87,7 +87,7 @@ def run(
                         return
                     row = left.pop(0)
                 worker = Worker(command, os.environ | (env or {})) if worker is None else worker
-                answer = worker.ask(row, min(each, until + 10 - time.monotonic()))
+                answer = worker.ask(row, min(each + START * worker.fresh, until + 10 - time.monotonic()))
                 if answer.pop("fatal", False) or FATAL in answer.get("error", ""):
                     worker.close()
                     worker = None

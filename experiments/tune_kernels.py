@@ -161,7 +161,7 @@ def main(o: Options) -> dict[str, dict[str, Any]]:
         own = ["--worker", "--impl", impl, "--repeats", str(o.repeats), "--budget", str(o.budget), *(["--quick"] if o.quick else [])]
         command = [sys.executable, str(pathlib.Path(__file__).resolve()), *own]
         memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        kernel_workers.run(checks, command, done, each=o.each, jobs=o.jobs, env=memory)
+        kernel_workers.run(checks, command, done, each=o.each, jobs=o.jobs if about["backend"] == "gpu" else 1, env=memory)
         kernel_workers.run(timed, command, done, each=o.each)
     progress.close()
     table = json.loads(o.table.read_text()) if o.table.exists() else {}

@@ -57,7 +57,12 @@ def test_report(tmp_path, capsys, monkeypatch):
     assert copy["copy_%"] == pytest.approx(100) and copy["gbs"] == pytest.approx(copy["bytes"] / copy["run_ms"][1] / 1e6)
     assert {x["met"] for x in document["goals"]} == {None} and document["left"] == []
     page, said = (o.out / "README.md").read_text(), capsys.readouterr().out
-    assert "| merge | match | - | - |" in page and "no such instruction" in page and "| flash | 1 | 0 | 0 | 0 | 0 |" in page
+    assert (
+        "| merge | match | - | - |" in page
+        and "no such instruction" in page
+        and "times mean nothing" in page
+        and "| flash | 1 | 0 | 0 | 0 | 0 |" in page
+    )
     assert "0 rows left for want of time; 0 cases not right" in said
     assert not report.failed(document["checks"]) and report.failed([by["time", "scores"]])
 
