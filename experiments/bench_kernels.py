@@ -152,7 +152,7 @@ def _measure(row: Row, impl: str, sizes, found: dict[str, Any], timing: bool, re
     found["compile_ms"] = round(1e3 * (time.perf_counter() - begin), 1)
     out = jax.block_until_ready(compiled(*args))
     tol = kernel_rows.tolerance(row, impl)
-    found["delta"], found["right"] = kernel_rows.difference(*row.compare(args, out), tol)
+    found["delta"], found["right"] = kernel_rows.difference(*row.compare(args, out), tol, row.least)
     found["tolerance"] = tol
     if not found["right"]:
         found["error"] = f"wrong: it differs from the reference by {found['delta']:.3g} (tolerance {tol:.0e} x the largest number)"

@@ -146,6 +146,8 @@ def test_difference():
     assert rows.difference([np.array([1.0, 0.0])], [np.array([1.0, -inf])], 0.5)[1] is False
     assert rows.difference([np.array([np.nan, 1e30])], [np.array([1.0, 1e30])], 9.0)[1] is False
     assert rows.difference([np.array([3.0, 1e30])], [np.array([3.1, 1.0000001e30])], 0.04) == (pytest.approx(0.1), True)
+    small = [np.zeros(3)], [np.full(3, 0.01)], 2e-2
+    assert rows.difference(*small)[1] and not rows.difference(*small, 0.0)[1]  # a long mean of random rows
 
 
 def test_pairs_and_tables():
