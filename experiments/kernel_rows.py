@@ -525,7 +525,7 @@ def peers(platform: str) -> tuple[str, ...]:
     return ("cudnn", "xla", *more) if platform == "gpu" else ("xla", *more)
 
 
-def dense_row(o: Shapes, kind: str, what: str, t: int, s: int, *, grad: bool = False, dtype: str = "bfloat16") -> Row:
+def dense_row(o: Shapes, kind: Any, what: str, t: int, s: int, *, grad: bool = False, dtype: str = "bfloat16") -> Row:
     """`jax.nn.dot_product_attention` (or tokamax's) in the layout [b t h d] that it wants; what = prefill (causal), full or decode."""
     causal, rows = what == "prefill", some(t, 4)
 
@@ -636,7 +636,7 @@ def timed(platform: str, tiny: bool) -> dict[str, Callable[[], Row]]:
     for dtype in ("bfloat16",):
         put(product_row, "ceiling", f"matmul {dtype}", o, dtype)
     put(copy_row, "ceiling", "copy", o)
-    heads = dict(h=o.h, g=o.g, d=o.d, c=o.d, dtype="bfloat16")
+    heads: dict[str, Any] = dict(h=o.h, g=o.g, d=o.d, c=o.d, dtype="bfloat16")
     fast, most = peers(platform), o.prefill[-1]
 
     def dense(what, t, s, grad=False):
