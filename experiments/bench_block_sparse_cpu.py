@@ -34,7 +34,7 @@ KINDS = "cpu", "clock"  # time of all cores, and on the clock
 class Options:
     """What is measured; `parts`: 1/rho."""
 
-    tokens: int = 4096
+    tokens: int = 8192
     heads: int = 8
     kv_heads: int = 2
     width: int = 64

@@ -4,7 +4,7 @@ Claim: ToMe in the tower, PyramidDrop between the decoder's layers, SnapKV on it
     (embed, prefill, generate). With nothing to reduce its output is the plain model's; one compile serves three budgets.
 Command: JAXTOK_DATA=... python experiments/composition.py           (the small vision-language model of the package)
          python experiments/composition.py --model random            (random weights in its shape, random pictures: no data needed)
-Hardware and time: two cores of a 2.6 GHz Xeon, some minutes; `seconds` in results.json.
+Hardware and time: two cores of a 2.6 GHz Xeon, shared, about five minutes; `seconds` in results.json.
 Expected: experiments/results/composition/{results.json,README.md}.
 
 The recipe grows site by site. Image rows: `tower` of all patches when the tower is done, `kept` when the pruner is done (both by equal
@@ -273,7 +273,10 @@ def markdown(found: dict[str, Any], options: Options) -> str:
            "|" + "---|" * len(head)]  # fmt: skip
     for r in found["lines"]:
         cells = [r["recipe"], f"{r['entering']:.0f}", f"{r['average']:.1f}", f"{r['slots']:.0f}"]
-        cells += [report.size(r[k]) for k in ("cache_bytes", "prefill_flops", "step_flops", "step_bytes", "step_bytes_without_weights", "read_in_place")]
+        cells += [
+            report.size(r[k])
+            for k in ("cache_bytes", "prefill_flops", "step_flops", "step_bytes", "step_bytes_without_weights", "read_in_place")
+        ]
         out.append(row([*cells, *(report.show(r[k], 3) for k in ("accuracy", "first_same", "top1", "kl"))]))
     out += ["", f"At full budgets the whole recipe's logits are at most {found['full']['difference']:.1e} from the plain model's, along "
             f"{options.new} tokens; the tokens are the same: {'yes' if found['full']['same_tokens'] else 'no'}.", ""]  # fmt: skip

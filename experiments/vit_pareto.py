@@ -3,7 +3,7 @@
 Claim: off the shelf, half of the FLOPs of a ViT on digits go for at most 1.5 points, a third of a ViT on CIFAR-10 for at most 2.
 Command: python experiments/vit_pareto.py            (accuracies; killed and started again, it goes on after the last method done)
          python experiments/vit_pareto.py --time     (adds the times of the settings chosen; on a machine with nothing else to do)
-Hardware and time: two cores of a 2.6 GHz Xeon, about ten minutes and eight (by what parts of it cost). Data: the folder that JAXTOK_DATA names.
+Hardware and time: two cores of a 2.6 GHz Xeon, half an hour beside other work, and seven minutes for the times. Data: the folder that JAXTOK_DATA names.
 Expected: README.md, results.json and pareto.png in experiments/results/vit_pareto.
 
 A method has a few variants (which layers, proportional attention, its own fields). Each gets the least reduction whose counted FLOPs

@@ -10,7 +10,7 @@ from jaxtok.core.reader import Sight
 from jaxtok.core.rotary import turn
 from jaxtok.core.types import KV
 from jaxtok.ops._chunked import as_window, bounded, check
-from jaxtok.ops._impl import chosen
+from jaxtok.ops._impl import chosen, unfit
 from jaxtok.ops._shared import Shared
 from jaxtok.ops.attention import attention
 from jaxtok.ops.cache import block_slots
@@ -30,13 +30,18 @@ def take_kv(kv: KV, slots: Int[Array, "b e m"]) -> tuple[Array, Array, Array, Ar
     return take(kv.k, slots), take(kv.v, slots), jnp.where(slots < 0, -1, take(kv.pos, slots)), take(kv.bias, slots)
 
 
-def in_place(see: Sight) -> bool:
-    """Whether a kernel reads slots where they lie; XLA gathers them first."""
-    return _kernel(see) != "xla"
+def in_place(see: Sight, kv: KV | None = None, ids: Array | None = None) -> bool:
+    """Whether a kernel reads slots where they lie; XLA gathers them first. ids: those of keys that are stored unrotated."""
+    return _kernel(see, kv, ids) != "xla"
 
 
-def _kernel(see: Sight) -> str:
-    return "xla" if isinstance(see.impl, Shared) else chosen("read", see.impl, None if isinstance(see.window, int | None) else _TRACED)
+def _kernel(see: Sight, kv: KV | None = None, ids: Array | None = None) -> str:
+    if isinstance(see.impl, Shared):
+        return "xla"
+    wide = kv is not None and not isinstance(kv.k, Halves) and bool(unfit(kv.k, kv.v))
+    away = kv is not None and (isinstance(kv.k, Halves) or isinstance(kv.v, Halves))
+    others = ("pallas_tpu", "pallas_gpu") if away else ("pallas_gpu",) if ids is not None or wide else ()
+    return chosen("read", see.impl, None if isinstance(see.window, int | None) else _TRACED, others)
 
 
 _TRACED = "it takes a static window (int or None), not an array"
@@ -45,7 +50,7 @@ _TRACED = "it takes a static window (int or None), not an array"
 def attend_all(q: Float[Array, "b h t d"], pos: Int[Array, "b t"], kv: KV, see: Sight) -> tuple[Array, Array]:
     """(values, logsumexp) of attention to every slot; what stands in host memory crosses to the device."""
     kv = together(kv)
-    if in_place(see):
+    if in_place(see, kv):
         return _read(q, pos, kv, None, see)
     return _attend(q, kv.k, kv.v, pos, kv.pos, kv.bias, see)
 
@@ -71,7 +76,7 @@ def attend_blocks(
     With a named impl the kernel of `jaxtok_kernels.read` reads the slots where they lie; XLA gathers them first.
     """
     stride = block if stride is None else stride
-    if not in_place(see):
+    if not in_place(see, kv, ids):
         k, v, k_pos, bias = take_kv(kv, index if block == stride == 1 else block_slots(index, block, stride))
         k = k if ids is None else turn(k, ids, see.freqs)
         return _attend(q, k, v, pos, k_pos, bias, see)
@@ -90,7 +95,7 @@ def _read(q, pos, kv: KV, index, see: Sight, ids=None, **how) -> tuple[Array, Ar
         raise ValueError(f"{h} query heads cannot read {e} lists of blocks")
     out, lse = read(
         q.reshape(b, e, h // e * t, d), jnp.tile(pos, (1, h // e)), kv.k, kv.v, kv.pos, kv.bias, index, ids, None if ids is None else see.freqs,
-        scale=d**-0.5 if see.scale is None else float(see.scale), softcap=see.softcap, window=see.window, impl=_kernel(see), **how,
+        scale=d**-0.5 if see.scale is None else float(see.scale), softcap=see.softcap, window=see.window, impl=_kernel(see, kv, ids), **how,
     )  # fmt: skip
     return out.reshape(b, h, t, -1), lse.reshape(b, h, t)
 

@@ -82,7 +82,7 @@ class Landmark(Reader):
         row = jnp.arange(size, dtype=jnp.int32)[None, None, None, None]
         rank = jnp.cumsum((chosen >= 0).astype(jnp.int32), -1) - 1
         stand = jnp.where((n <= k)[:, None, None, None], chosen, rank + (chosen >= (n - k)[:, None, None, None]).astype(jnp.int32))
-        if in_place(see) and t == 1:
+        if in_place(see, kv, rope) and t == 1:
             return state, carry, *self._step(q, pos, kv, see, first, n, base, chosen, stand, scale)
         where = lambda x, first: jnp.where(chosen[..., None] < 0, -1, x[..., None] * size + row + first).reshape(b, e, -1)
         slots = where(chosen, first[:, None, None, None, None])
