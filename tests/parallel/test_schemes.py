@@ -143,10 +143,13 @@ def test_usp(layout, shape):
     agree(found, wanted(8, 2, True, None, False))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_explicit_mesh(layout):
+@pytest.mark.parametrize(
+    "scheme, layout", [("ring", "contiguous"), ("ring", "striped"), ("ring", "zigzag"), ("token_ring", "zigzag"), ("ulysses", "contiguous"), ("gathered", "striped")]
+)  # fmt: skip
+def test_explicit_mesh(scheme, layout):
     mesh = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
-    x = operands(4, 2)
+    h = 8 if scheme == "ulysses" else 4
+    x = operands(h, 2)
     placed = Layout(layout, 4)
     with jax.set_mesh(mesh):
         heads, rows = P(None, None, "sequence"), P(None, "sequence")
@@ -154,11 +157,11 @@ def test_explicit_mesh(layout):
         @jax.jit
         @functools.partial(jax.shard_map, in_specs=(heads,) * 4 + (rows,), out_specs=(heads, heads))
         def run(q, k, v, bias, pos):
-            return ring_attention(q, k, v, q_pos=pos, k_pos=pos, bias=bias, axis="sequence", layout=layout)
+            return SCHEMES[scheme](q, k, v, q_pos=pos, k_pos=pos, bias=bias, axis="sequence", layout=layout)
 
         put = lambda a, axis, spec, fill=0: jax.device_put(placed.place(jnp.asarray(a), axis=axis, fill=fill), spec)
         found = jax.device_get(run(*(put(x[name], 2, heads) for name in ("q", "k", "v", "bias")), put(x["pos"], 1, rows, -1)))
-    agree([placed.restore(jnp.asarray(a), T, axis=2) for a in found], wanted(4, 2, True, None, False)[:2])
+    agree([placed.restore(jnp.asarray(a), T, axis=2) for a in found], wanted(h, 2, True, None, False)[:2])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
