@@ -280,7 +280,7 @@ def hidden(
         back = lambda x: impl.hold(impl.restore(x), "data", "sequence", None)
     else:
         back = lambda x: x
-    run = functools.partial(_layer, cfg, impl=impl)
+    run = functools.partial(_layer, cfg, impl=impl.laid() if isinstance(impl, Shared) else impl)
     layers = params["layers"]
     freqs = [frequencies(cfg, i) for i in range(cfg.layers)]
     windows = [cfg.layer_window(i) for i in range(cfg.layers)]

@@ -92,7 +92,7 @@ def attend_rows(
     }
     length = jnp.linalg.norm(blocks.normed(cfg, p, tokens.x).astype(jnp.float32), axis=-1) if needs.unit else None
     outs, found, g = [], [], 0
-    ordered = functools.partial(in_order, impl) if isinstance(impl, Shared) and past is None else lambda *x: x
+    ordered = functools.partial(in_order, impl) if isinstance(impl, Shared) and impl.placed and past is None else lambda *x: x
     for part in (None,) if past is None else past:
         heads = k.shape[1] if part is None else part.kv.k.shape[1]
         mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]

@@ -124,24 +124,30 @@ def prefill(
         raise ValueError("inference takes params['layers'] as a tuple of one dict a layer; use models.blocks.unstack(params)")
     if layers is not None and recipe.layers:
         raise ValueError("pruning between layers takes a prefill of its own; continue with a recipe without `layers`")
-    shared = isinstance(impl, Shared) and layers is None
     if isinstance(impl, Shared) and (recipe.layers or recipe.edits):
-        raise NotImplementedError("over several devices a recipe takes no `layers` and no `edits`; leave them out, or run on one")
+        raise ValueError("over several devices a recipe takes no `layers` and no `edits`; leave them out, or run on one")
     if recipe.edits and layers is None:
         return edits.prefill(cfg, params, tokens, recipe, new=new, proportional=proportional, impl=impl)
     pruning, evidence, out = Pruning(cfg, params, recipe, keep, proportional, key, impl), Evidence(), []
-    tokens = _moved(impl, tokens, impl.place) if shared else tokens  # type: ignore[union-attr]
+    tokens, impl, back = _laid(tokens, impl) if layers is None else (tokens, impl, lambda x: x)
     for i, p in enumerate(params["layers"]):
         tokens = pruning.before(i, p, tokens, evidence)
         needs, past = recipe.prefill_needs | pruning.needs(i), None if layers is None else layers[i]
         tokens, found = cached.attend_rows(cfg, p, i, tokens, past, recipe, needs, proportional, key, impl)
         out.append(cached.settle(cfg, params, i, found, past, recipe, new, keep, impl))
         evidence = found[0][1]  # pruners work on caches of one group
-    tokens = _moved(impl, tokens, impl.restore) if shared else tokens  # type: ignore[union-attr]
+    tokens = back(tokens)
     return tokens, pruning.after(tuple(out), tokens, new)
 
 
-def _moved(impl, tokens: Tokens, move: Callable[[Array], Array]) -> Tokens:
+def _laid(tokens: Tokens, impl: Impl) -> tuple[Tokens, Impl, Callable[[Tokens], Tokens]]:
+    """(rows as the devices hold them, what attends to them, the way back); on one device nothing changes."""
+    if not isinstance(impl, Shared):
+        return tokens, impl, lambda x: x
+    return _moved(impl, tokens, impl.place), impl.laid(), lambda x: _moved(impl, x, impl.restore)
+
+
+def _moved(impl: Shared, tokens: Tokens, move: Callable[[Array], Array]) -> Tokens:
     """The rows in another order, cut over the sequence."""
     own = {name: getattr(tokens, name) for name in ("x", "pos", "rope", "size", "kind", "segment", "cell", "score")}
     put = lambda x: impl.hold(move(x), "data", "sequence", *(None,) * (x.ndim - 2))
@@ -153,11 +159,12 @@ def survey(
 ) -> tuple[Tokens, Layers, tuple[tuple[Evidence, ...], ...]]:
     """A plain prefill that also returns its evidence, for each layer and head group, to be added to and given to `compress`."""
     layers, out = [], []
+    tokens, impl, back = _laid(tokens, impl)
     for i, p in enumerate(params["layers"]):
         tokens, found = cached.attend_rows(cfg, p, i, tokens, None, recipe, needs, False, key, impl)
         layers.append(tuple(Part(kv, Held()) for kv, _ in found))
         out.append(tuple(evidence for _, evidence in found))
-    return tokens, tuple(layers), tuple(out)
+    return back(tokens), tuple(layers), tuple(out)
 
 
 def probe(

@@ -71,12 +71,11 @@ def _observe_shared(needs: Needs, q, k, lse, see: dict[str, Any], plain: dict[st
     known = known._replace(**{name: getattr(needs, name) for name in ("hidden", "weights", "keys", "values", "queries", "segment")})
     if needs != known:
         lacks = [name for name in needs._fields if getattr(needs, name) != getattr(known, name)]
-        raise NotImplementedError(f"over several devices there is no evidence of the kind {', '.join(lacks)}; run the method on one")
+        raise ValueError(f"over several devices there is no evidence of the kind {', '.join(lacks)}; run the method on one")
     out: dict[str, Any] = {}
-    own = q.shape[2] == k.shape[2]  # rows of a prefill, in the order of the layout; others are in their own
     last = (
         (lambda x, w, axis: impl.last(x, w, axis))
-        if own
+        if impl.placed
         else (lambda x, w, axis: jax.lax.slice_in_dim(x, x.shape[axis] - w, None, axis=axis))
     )
     if needs.rows:

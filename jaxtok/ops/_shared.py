@@ -8,6 +8,8 @@ from jaxtyping import Array
 class Shared:
     """An `impl` under which several devices share a sequence: `jaxtok.parallel.Spread`."""
 
+    placed: bool = False  # whether the rows of the calls are in the order of `place`; else all devices know all queries
+
     def attention(self, q: Array, k: Array, v: Array, **see: Any) -> tuple[Array, Array]:
         """As `attention`, of arrays that are cut over devices."""
         raise NotImplementedError
@@ -18,6 +20,10 @@ class Shared:
 
     def some_rows(self, q: Array, k: Array, lse: Array, **see: Any) -> Array:
         """As `ops.evidence.rows`, of the last of the rows."""
+        raise NotImplementedError
+
+    def laid(self) -> "Shared":
+        """The same for calls over rows that `place` has put in order."""
         raise NotImplementedError
 
     def place(self, x: Array, axis: int = 1) -> Array:

@@ -71,7 +71,7 @@ def attention(
       scale: of q . k; None = d ** -0.5.
       diagonal: promises that key row j > query row i + diagonal is never visible, so blocks beyond it are not computed: 0 for causal
         self-attention over packed rows, the number of earlier rows for a chunk after a prefix. A false promise drops those keys.
-      out_dtype: of out; None = q's.
+      out_dtype: of out; None = q's. (A kernel rounds to q's dtype first.)
       impl: "xla"; a kernel of `jaxtok_kernels.flash`: "pallas_tpu", "pallas_gpu", "interpret" and "interpret_gpu" (the same in Pallas'
         interpreters, anywhere); "auto": the kernel of this platform where it has been measured on this kind of device
         (jaxtok_kernels/blocks.json) and can do what is asked, else XLA. A `Shared`: the attention of several devices.

@@ -30,7 +30,7 @@ def ring_received(
     Traffic, sent by each device, of n devices: (n - 1) x bytes of (k, k_pos, bias) and n x 4 b h c.
     """
     sight = Sight(layout=layout, causal=causal, window=window, softcap=softcap, scale=scale)
-    queries, keys = sides(q, k, k[..., :0], q_pos, k_pos, bias, None, None)
+    queries, keys = sides(sight, q, k, k[..., :0], q_pos, k_pos, bias, None, None)
     n = lax.axis_size(axis)
     visiting = over(keys, axis, 1)
     total = _sums(sight, queries, keys, lse, own=True)

@@ -50,11 +50,7 @@ def ring_attention(
     Source: Ring Attention, arXiv:2310.01889 (backward with the saved logsumexp); zigzag tiles: zhuzilin/ring-flash-attention.
     """
     sight = Sight(layout=layout, causal=causal, window=window, softcap=softcap, scale=scale)
-    if sight.tiled and q.shape[2] % 2:
-        raise ValueError(f"a zigzag shard is two chunks: {q.shape[2]} tokens a device must be an even number")
-    if k.shape[2] != q.shape[2]:
-        raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys a device: queries and keys must be of the same tokens")
-    both: Any = _ring(sight, axis, *sides(q, k, v, q_pos, k_pos, bias, q_segment, k_segment))
+    both: Any = _ring(sight, axis, *sides(sight, q, k, v, q_pos, k_pos, bias, q_segment, k_segment))
     out, lse = both
     return out.astype(q.dtype if out_dtype is None else out_dtype), lse
 

@@ -39,7 +39,7 @@ class Spread(Shared):
         tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=64, impl=spread)
 
     Everything outside attention is one program over global arrays, which XLA cuts along. A prefill lays its rows out once, and its caches come
-    out in their own order, cut over the sequence; compressors see them whole, so they keep exactly what they keep on one device.
+    out in their own order, cut over the sequence; compressors see them whole, so they keep exactly what they keep on one device. Room for new tokens is rounded up to equal shards.
     A step reads each device's slots and merges by the logsumexp. The rows of a prefill must be a multiple of the shards (zigzag: twice):
     pad them at the left, dead.
 
@@ -53,6 +53,7 @@ class Spread(Shared):
     data: str = "data"
     sequence: str = "sequence"
     tensor: str = "tensor"
+    placed: bool = False  # set by the model where it has laid out the rows of a call (`laid`)
 
     def __post_init__(self):
         if self.scheme not in SCHEMES:
@@ -80,6 +81,10 @@ class Spread(Shared):
         """x cut so, where its sizes allow."""
         fits = [a if a is not None and not x.shape[i] % self.mesh.shape.get(getattr(self, a), 1) else None for i, a in enumerate(axes)]
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(*fits)))
+
+    def laid(self) -> "Spread":
+        """For calls over rows that `place` has put in the order of the layout."""
+        return dataclasses.replace(self, placed=True)
 
     def rows(self, t: int) -> int:
         """Rows that t tokens take."""
@@ -138,11 +143,11 @@ class Spread(Shared):
     def attention(
         self, q, k, v, *, q_pos, k_pos, bias=None, q_segment=None, k_segment=None, diagonal=None, **options
     ) -> tuple[Array, Array]:
-        """As `ops.attention.attention`: of the rows of a prefill by the scheme, of a step over a cache by a split read."""
+        """As `ops.attention.attention`: of rows that are laid out by the scheme, of others (a step, a chunk) by a split read."""
         arrays = dict(q=q, k=k, v=v, q_pos=q_pos, k_pos=k_pos, bias=bias, q_segment=q_segment, k_segment=k_segment)
         if k.shape[2] % self.n:  # a cache that is not cut
             return attention(**arrays, diagonal=diagonal, **options)
-        whole = q.shape[2] != k.shape[2]
+        whole = not self.placed
         specs = self._specs(q, k, k_pos, whole)
         if not whole:
             run = functools.partial(SCHEMES[self.scheme], axis=self.sequence, layout=self.layout, **options)
@@ -151,14 +156,22 @@ class Spread(Shared):
         return self._mapped(run, arrays, specs, (specs["q"], specs["lse"]))
 
     def received(self, q, k, lse, *, q_pos, k_pos, bias=None, diagonal=None, **options) -> Array:
-        """As `ops.evidence.received`."""
-        specs = self._specs(q, k, k_pos)
+        """As `ops.evidence.received`: of rows that are laid out by a ring, of others, which all devices know, by each of its own keys."""
         arrays = dict(q=q, k=k, lse=lse, q_pos=q_pos, k_pos=k_pos, bias=bias)
+        if k.shape[2] % self.n:
+            return evidence.received(**arrays, diagonal=diagonal, **options)
+        whole = not self.placed
+        specs = self._specs(q, k, k_pos, whole)
+        if whole:
+            run = functools.partial(evidence.received, **options)
+            return self._mapped(run, arrays, specs, P(specs["q"][0], specs["q"][1], self.sequence))
         run = functools.partial(ring_received, axis=self.sequence, layout=self.layout, **options)
         return self._mapped(run, arrays, specs, specs["lse"])
 
     def some_rows(self, q, k, lse, *, q_pos, k_pos, bias=None, **options) -> Array:
         """As `ops.evidence.rows`, for a few queries that all devices know."""
+        if k.shape[2] % self.n:
+            return evidence.rows(q, k, lse, q_pos=q_pos, k_pos=k_pos, bias=bias, **options)
         specs = self._specs(q, k, k_pos, whole=True)
         arrays = dict(q=q, k=k, lse=lse, q_pos=q_pos, k_pos=k_pos, bias=bias)
         data, heads = specs["q"][0], specs["q"][1]

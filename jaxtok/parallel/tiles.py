@@ -53,7 +53,12 @@ class Sight:
         return 0 if self.causal and (own or self.layout == "striped") else None
 
 
-def sides(q, k, v, q_pos, k_pos, bias, q_segment, k_segment) -> tuple[Queries, Keys]:
+def sides(sight: Sight, q, k, v, q_pos, k_pos, bias, q_segment, k_segment) -> tuple[Queries, Keys]:
+    """The shards of a device; ValueError where they cannot be those of one sequence in this layout."""
+    if sight.tiled and q.shape[2] % 2:
+        raise ValueError(f"a zigzag shard is two chunks: {q.shape[2]} tokens a device must be an even number")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys a device: queries and keys must be of the same tokens")
     q, k, v, q_pos, k_pos, bias, q_segment, k_segment = level(q, k, v, q_pos, k_pos, bias, q_segment, k_segment)
     return Queries(q, q_pos, q_segment), Keys(k, v, k_pos, bias, k_segment)
 

@@ -1,6 +1,5 @@
 """TokenRing: queries travel one way around the devices, and what was made of them goes straight home the other way."""
 
-import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
@@ -39,17 +38,12 @@ def token_ring_attention(
     Source: TokenRing, arXiv:2412.20501 (forward only there).
     """
     sight = Sight(layout=layout, causal=causal, window=window, softcap=softcap, scale=scale)
-    if sight.tiled and q.shape[2] % 2:
-        raise ValueError(f"a zigzag shard is two chunks: {q.shape[2]} tokens a device must be an even number")
-    if k.shape[2] != q.shape[2]:
-        raise ValueError(f"{q.shape[2]} queries and {k.shape[2]} keys a device: queries and keys must be of the same tokens")
-    queries, keys = sides(q, k, v, q_pos, k_pos, bias, q_segment, k_segment)
+    queries, keys = sides(sight, q, k, v, q_pos, k_pos, bias, q_segment, k_segment)
     n, rank = lax.axis_size(axis), lax.axis_index(axis)
-    whole = None
-    for s in range(n):  # unrolled: the distance home differs from step to step
-        onward = over(queries, axis, -1) if s < n - 1 else queries
-        part = over(attend(sight, queries, keys, (rank + s) % n, rank, own=not s), axis, s)
-        whole = part if whole is None else merge(*whole, *part)
+    onward = over(queries, axis, -1)
+    out, lse = attend(sight, queries, keys, rank, rank, own=True)
+    for s in range(1, n):  # unrolled: the distance home differs from step to step
         queries = onward
-    assert whole is not None
-    return whole[0].astype(q.dtype if out_dtype is None else out_dtype), jnp.asarray(whole[1])
+        onward = over(queries, axis, -1) if s < n - 1 else queries
+        out, lse = merge(out, lse, *over(attend(sight, queries, keys, (rank + s) % n, rank), axis, s))
+    return out.astype(q.dtype if out_dtype is None else out_dtype), lse

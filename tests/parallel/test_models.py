@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxtok.core.recipe import Recipe
-from jaxtok.decode import generate
-from jaxtok.methods import H2O, KeyDiff, Quest, SnapKV, StreamingLLM, TokenSelect
+from jaxtok.core.types import Needs
+from jaxtok.decode import generate, prefill_chunked
+from jaxtok.methods import H2O, ExpectedAttention, FastV, KeyDiff, Keyformer, Quest, SnapKV, StreamingLLM, TokenSelect
 from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
 from jaxtok.parallel import Spread, make_mesh
@@ -21,6 +22,7 @@ RECIPES = {
     "plain": Recipe(),
     "snapkv": Recipe(cache=SnapKV(capacity=12, window=4, pool=3)),
     "keydiff": Recipe(cache=KeyDiff(capacity=12)),
+    "expected_attention": Recipe(cache=ExpectedAttention(capacity=12)),
     "h2o": Recipe(policy=H2O(capacity=12)),
     "streaming_llm": Recipe(policy=StreamingLLM(capacity=12, sinks=2)),
     "quest": Recipe(reader=Quest(pages=3, block=4, dense_layers=0)),
@@ -72,11 +74,54 @@ def test_schemes_and_meshes(scheme, layout, mesh):
     compare(run(RECIPES["snapkv"], spread, PARAMS, *prompts()), run(RECIPES["snapkv"], "auto", PARAMS, *prompts()))
 
 
+@pytest.mark.parametrize("name", ["plain", "snapkv", "h2o"])
+def test_chunks(name):
+    """The second chunk attends to the first one's cache: all devices know its queries."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def chunked(impl, params, ids, live):
+        tokens, layers = prefill_chunked(CFG, params, ids, live, RECIPES[name], chunk=16, new=NEW, impl=impl)
+        made = generate(CFG, params, tokens, layers, RECIPES[name], new=NEW, eos=(), impl=impl)
+        return tokens.x[:, -1], [part.kv for (part,) in layers], made.ids
+
+    spread = Spread(mesh=make_mesh(sequence=4), layout="zigzag")
+    compare(chunked(spread, PARAMS, *prompts()), chunked("auto", PARAMS, *prompts()))
+
+
+def test_evidence_for_later():
+    """`survey` lays its rows out and back: caches, rows of attention, what each key receives."""
+    needs = Needs(rows=4, received=True)
+    look = jax.jit(lambda impl, *args: decoder.survey(CFG, PARAMS, decoder.embed(CFG, PARAMS, *args), needs, impl=impl), static_argnums=0)
+    (x, layers, found), (x_, layers_, found_) = (
+        jax.device_get(look(impl, *prompts())) for impl in (Spread(mesh=make_mesh(sequence=4), layout="striped"), "auto")
+    )
+    live = np.asarray(prompts()[1])
+    np.testing.assert_allclose(x.x[live], x_.x[live], atol=2e-5)
+    for (a,), (b,), (seen,), (want,) in zip(layers, layers_, found, found_, strict=True):
+        np.testing.assert_array_equal(a.kv.pos, b.kv.pos)
+        np.testing.assert_allclose(seen.received, want.received, atol=2e-5)
+        np.testing.assert_allclose(seen.rows, want.rows, atol=2e-5)
+
+
+def test_rows_that_nobody_laid_out():
+    """All devices know them, each reads its own keys."""
+    spread = Spread(mesh=make_mesh(sequence=4), layout="zigzag")
+    last = jax.jit(
+        lambda impl, ids, live: decoder.last_rows(CFG, PARAMS, decoder.embed(CFG, PARAMS, ids, live), 4, impl=impl), static_argnums=0
+    )
+    np.testing.assert_allclose(last(spread, *prompts()), last("auto", *prompts()), atol=2e-5)
+
+
 def test_refused():
     spread = Spread(mesh=make_mesh(sequence=4))
     ids, live = prompts()
     with pytest.raises(ValueError, match="pad them at the left to 32"):
         jax.eval_shape(functools.partial(run, RECIPES["plain"], spread), PARAMS, ids[:, :30], live[:, :30])
+    over = lambda recipe: jax.eval_shape(functools.partial(run, recipe, spread), PARAMS, ids, live)
+    with pytest.raises(ValueError, match="takes no `layers`"):
+        over(Recipe(layers=((1, FastV(capacity=8, images=16)),)))
+    with pytest.raises(ValueError, match="no evidence of the kind perturbed"):
+        over(Recipe(policy=Keyformer(capacity=12)))
     with pytest.raises(ValueError, match="none is called 'time'"):
         Spread(mesh=make_mesh(sequence=2), sequence="time")
     with pytest.raises(ValueError, match="want 16 devices"):
