@@ -79,9 +79,20 @@ def run(script: str, arguments: Sequence[str]) -> None:
     sys.argv = [script, *arguments]
     try:
         runpy.run_path(script, run_name="__main__")
-    except Exception:
-        traceback.print_exc()  # the script's own, whole
-        raise SystemExit(1) from None
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()  # the script's own, whole
+        elif not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+        if jax.process_count() == 1:
+            raise SystemExit(code) from None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # leaving in order would wait for the others, and they for this one
 
 
 def start(script: str, arguments: Sequence[str], processes: int, *, devices: int | None = None) -> int:

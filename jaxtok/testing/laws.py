@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.models import blocks, decoder
+from jaxtok.testing import world as setting
 from jaxtok.testing.world import (
     CAP,
     CFG,
@@ -89,7 +90,8 @@ def shapes_are_static(make):
     method = make(CAP)
     params, ids, force = world()
     tokens = tokens_of(params, ids)
-    fn = lambda tokens: decoder.prefill(CFG, weights(method, params), tokens, recipe_of(method), new=T, key=jax.random.key(4))[1]
+    own, recipe, key = weights(method, params), recipe_of(method), jax.random.key(4)
+    fn = lambda tokens: decoder.prefill(CFG, own, tokens, recipe, new=T, key=key, impl=setting.IMPL)[1]
     layers = jax.eval_shape(fn, tokens)
     kv = [parts[-1].kv for parts in layers]
     out = usual(method)

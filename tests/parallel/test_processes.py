@@ -38,17 +38,28 @@ def free():
 
 
 def test_two_processes_give_what_one_gives():
-    where = free()
-    both = [begin(where, i) for i in range(2)]
     alone = subprocess.run([sys.executable, str(SCRIPT)], env=environment(4), capture_output=True, text=True, timeout=300)
-    said = [p.communicate(timeout=300) for p in both]
+    command = [sys.executable, "-m", "jaxtok", "launch", "--local", "2", "--devices", "2", str(SCRIPT)]
+    both = subprocess.run(command, env=environment(2), capture_output=True, text=True, timeout=300)
     assert alone.returncode == 0, alone.stderr
-    assert [p.returncode for p in both] == [0, 0], said
-    one, two = json.loads(alone.stdout), json.loads(said[0][0].splitlines()[-1])
-    assert said[1][0] == "" and (one["processes"], two["processes"]) == (1, 2)
+    assert both.returncode == 0, both.stderr
+    said = [line for line in both.stdout.splitlines() if line.startswith("{")]
+    assert len(said) == 1, both.stdout  # process 0 alone
+    one, two = json.loads(alone.stdout), json.loads(said[0])
+    assert (one["processes"], two["processes"]) == (1, 2)
     assert one["ids"] == two["ids"]
     np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-6)
     assert two["losses"][1] < two["losses"][0]
+
+
+def test_a_script_that_fails_ends_the_launch(tmp_path):
+    """With its own traceback, and exit code 2; the other process does not wait for ever."""
+    script = tmp_path / "fails.py"
+    script.write_text("import jax, time\nif jax.process_index():\n    raise ValueError('no such book')\ntime.sleep(600)\n")
+    command = [sys.executable, "-m", "jaxtok", "launch", "--local", "2", "--devices", "1", str(script)]
+    done = subprocess.run(command, env=environment(1), capture_output=True, text=True, timeout=90)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr and "no such book" in done.stderr and "a process ended with exit code 1" in done.stderr
 
 
 def test_a_killed_process_ends_the_other_within_a_minute():
