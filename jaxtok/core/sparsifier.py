@@ -95,7 +95,7 @@ def _edges(view: View, block_q: int, block_k: int) -> tuple[Array, Array, Array]
 
 
 def best_blocks(
-    score: Float[Array, "b e nq nk"], candidate: Bool[Array, "b #e nq nk"], forced: Bool[Array, "b #e nq nk"], most: int
+    score: Float[Array, "b e nq nk"], candidate: Bool[Array, "b _ nq nk"], forced: Bool[Array, "b _ nq nk"], most: int
 ) -> BlockTable:
     """The forced candidates and the best others, at most `most` (static) in all, ascending; what finds no room of the forced is counted.
 
@@ -112,7 +112,7 @@ def best_blocks(
     return BlockTable(jnp.where(index < nk, index, -1), count, lost=jnp.maximum(wanted - count, 0) + jnp.zeros_like(count))
 
 
-def with_tokens(table: BlockTable, tokens: Bool[Array, "b #e nq n"], block_k: int) -> BlockTable:
+def with_tokens(table: BlockTable, tokens: Bool[Array, "b _ nq n"], block_k: int) -> BlockTable:
     """The table with the keys of its blocks that each block of queries reads, from a mask over all keys."""
     index = table.index
     tokens = jnp.pad(tokens, [(0, 0)] * 3 + [(0, -tokens.shape[-1] % block_k)])
