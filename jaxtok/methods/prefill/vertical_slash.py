@@ -63,7 +63,8 @@ class VerticalSlash(Sparsifier):
 
     def lines(self, view: View) -> tuple[Float[Array, "b h n"], Float[Array, "b h n"]]:
         """(vertical_j, slash_o), float32."""
-        (b, h, n, _), w = view.q.shape, min(self.rows, view.q.shape[2])
+        n = view.q.shape[2]
+        w = min(self.rows, n)
         last = view.length[:, None] - w + jnp.arange(w, dtype=jnp.int32)[None]  # below 0: no such row
         there, at = last >= 0, jnp.maximum(last, 0)
         q = jnp.take_along_axis(view.q, at[:, None, :, None], 2)
