@@ -41,7 +41,11 @@ class Sparsifier(Method):
     """Site sparsify: which blocks of keys each block of queries attends to in a prefill of its own (a decode step reads everything).
 
     A method supplies `table`, for one layer, from a `View`. The model aligns the rows, attends through the table (ops.block_sparse) and
-    puts the rows back. Causality is the attention's, too: a listed block that lies in the future is masked, only its work is wasted.
+    puts the rows back.
+
+    Causality is the attention's, too: a listed block that lies in the future is masked, only its work is wasted.
+    No query attends to a later key. Which earlier keys it attends to may depend on later tokens, though, by the method: those of its block of queries
+    (their mean), or of the prompt (its last rows, means, boundaries). That is so in the papers; it is why these methods are for prompts.
     """
 
     block_q: int

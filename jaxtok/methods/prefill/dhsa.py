@@ -1,6 +1,7 @@
 """DHSA. Source: arXiv:2510.24606; xiongsiheng/DHSA (legacy/utils/helper.py; Block-Sparse-Attention/DHSA_patch.py)."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -37,6 +38,8 @@ class DHSA(Sparsifier):
     (its tokens tie). Forced keys are taken first, so nothing counts twice (the code overwrites top-k slots by the first tokens, and pads
     with repeated indices). `local` counts keys before the block, all of whose own keys are read (our reading: the code counts from its end,
     so a local below the block leaves its first queries without themselves). capacity >= n is plain attention.
+    room: chunks begin anywhere, so lists of "chunks" have room * capacity / block_k blocks and 4, statically; those with the most chosen
+    tokens go first, and what finds no room is counted in the table's `lost`.
 
     Boundaries: every n / (chunks + 1) tokens, until a predictor is given: params["predictor"] (`init_params` with predicted=True; `width` keys on both
     sides of a gap, all KV heads side by side, encoded by a depthwise and a pointwise convolution; [l, r, |l-r|, l r, cos(l, r)] -> MLP -> logit).
@@ -52,6 +55,7 @@ class DHSA(Sparsifier):
     width: int = 4
     hidden: int = 256
     predicted: bool = False
+    room: float = 2.0
     block_q: int = 64
     block_k: int = 32
     tail: int = 64
@@ -61,6 +65,7 @@ class DHSA(Sparsifier):
         for name, low in lows.items():
             check.count(name, getattr(self, name), low)
         check.one_of("variant", self.variant, ("chunks", "topk", "a"))
+        check.between("room", self.room, 1, 1e6)
         check.kind("predicted", self.predicted, bool)
         check.budget("capacity", self.capacity, self.sinks + self.local + self.block_q if self.variant == "chunks" else 0)
 
@@ -130,12 +135,15 @@ class DHSA(Sparsifier):
         take = jnp.take_along_axis(jnp.clip(room, 0, ranked), jnp.argsort(order, -1), -1)  # tokens of each chunk that are read
         of = jnp.broadcast_to(number[:, None], (b, take.shape[1], n))
         row = jnp.arange(n, dtype=jnp.int32)[None, None]
+        low = jnp.broadcast_to(low, take.shape)
         rank, allowed = row - jnp.take_along_axis(low, of, -1), jnp.take_along_axis(take, of, -1)
         tokens = (rank >= 0) & (rank < allowed) & (row < window)
         tokens = (tokens | (row < self.sinks) | (row >= window)) & (row < last) & (first < last)
-        some = jnp.any(jnp.pad(tokens, ((0, 0), (0, 0), (0, -n % size[1]))).reshape(b, tokens.shape[1], -1, size[1]), -1)[:, None]
-        most = min(view.blocks(size[1]), self.capacity, self.capacity // size[1] + 2 * (c + 2))
-        table = best_blocks(jnp.where(some, 0.0, -jnp.inf), some, some, most)
+        cut = jnp.pad(tokens, ((0, 0), (0, 0), (0, -n % size[1]))).reshape(b, tokens.shape[1], -1, size[1])
+        many = jnp.sum(cut, -1, dtype=jnp.int32)[:, None]
+        most = min(view.blocks(size[1]), math.ceil(self.room * self.capacity / size[1]) + 4)
+        table = best_blocks(many.astype(jnp.float32), many > 0, newest(view, *size, 0), most)
+        table = table._replace(lost=jnp.sum(many > 0, -1, dtype=jnp.int32) - table.count)
         return for_heads(with_tokens(table, tokens[:, None], size[1]), view.k.shape[1])
 
 
