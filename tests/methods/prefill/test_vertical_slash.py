@@ -19,7 +19,7 @@ def attention(x):
 
 def reference(method, x):
     """bool [b h n n], line by line."""
-    a, pos, n = attention(x), np.asarray(x.pos), x.pos.shape[1]
+    a, pos = attention(x), np.asarray(x.pos)
     out = np.zeros(a.shape, bool)
     for i, e in np.ndindex(*a.shape[:2]):
         length = int((pos[i] >= 0).sum())

@@ -42,7 +42,8 @@ def tokens(method, x: View, params=None) -> np.ndarray:
 def blocks(method, x: View, params=None) -> list[list[list[set[int]]]]:
     """The blocks listed, [b][e][nq] sets, those that lie in the future of the whole block among them."""
     t = jax.device_get(table(method, x, params))
-    return [[[set(row[:n].tolist()) for row, n in zip(rows, ns)] for rows, ns in zip(*pair)] for pair in zip(t.index, t.count)]
+    lists = lambda index, count: [set(row[:n].tolist()) for row, n in zip(index, count, strict=True)]
+    return [[lists(*pair) for pair in zip(*both, strict=True)] for both in zip(t.index, t.count, strict=True)]
 
 
 def seen(x: View) -> np.ndarray:
