@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +29,7 @@ def chunked(method, x, begins):
         length = int((pos[i] >= 0).sum())
         start = [*begins[i], length]
         mean_k, mean_q = k[i].mean(0), q[i].mean(0)
-        keys = [mean_k[a:z].mean(0) * np.sqrt(z - a) for a, z in zip(start, start[1:], strict=False)]
+        keys = [mean_k[a:z].mean(0) * np.sqrt(z - a) for a, z in itertools.pairwise(start)]
         for r in range(0, length, method.block_q):
             last = min(r + method.block_q, length)
             query = mean_q[r:last].mean(0) * np.sqrt(last - r)

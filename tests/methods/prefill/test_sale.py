@@ -26,7 +26,7 @@ def near(n, bq, bk, local, segment):
 def reference(method, x, exact=False):
     """(bool [b h n n] of what is read, true softmax [b h n n], tau) block by block in float64."""
     q, k, pos = (np.asarray(a, np.float64) for a in (x.q, x.k, x.pos))
-    (b, h, n, d), g, scale = q.shape, k.shape[1], q.shape[-1] ** -0.5
+    (b, h, n), g, scale = q.shape[:3], k.shape[1], q.shape[-1] ** -0.5
     seen, first = views.seen(x), near(n, method.block_q, method.block_k, method.local, method.segment)
     logit = scale * np.einsum("bhtd,bhsd->bhts", q, np.repeat(k, h // g, 1))
     estimate = logit.copy()
