@@ -6,7 +6,6 @@ params = params | {"methods": {"sparsify": {"tau": tau}}}
 
 from typing import Any
 
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
