@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32, Int
@@ -44,7 +45,8 @@ def attend(
         else jnp.take_along_axis(x, at.reshape(at.shape[0], *(1,) * (x.ndim > 2), n, *(1,) * (x.ndim > 3)), 1 + (x.ndim > 2))
     )
     mine, keys, values, places, extra = (move(x, there) for x in (q, k, v, pos, bias))
-    table = method.table(params, View(mine, keys, places, layer, impl=impl, **see))
+    look = View(jax.lax.stop_gradient(mine), jax.lax.stop_gradient(keys), places, layer, impl=impl, **see)
+    table = method.table(params, look)
     blocks = dict[str, Any](block_q=method.block_q, block_k=method.block_k)
     out, lse = block_sparse(mine, keys, values, table, q_pos=places, k_pos=places, bias=extra, impl=impl, **blocks, **see)
     out, lse = move(out, back), move(lse, back)

@@ -38,9 +38,10 @@ def in_place(see: Sight, kv: KV | None = None, ids: Array | None = None) -> bool
 def _kernel(see: Sight, kv: KV | None = None, ids: Array | None = None) -> str:
     if isinstance(see.impl, Shared):
         return "xla"
-    wide = kv is not None and not isinstance(kv.k, Halves) and bool(unfit(kv.k, kv.v))
-    away = kv is not None and (isinstance(kv.k, Halves) or isinstance(kv.v, Halves))
-    others = ("pallas_tpu", "pallas_gpu") if away else ("pallas_gpu",) if ids is not None or wide else ()
+    others = ("pallas_gpu",) if ids is not None else ()
+    if kv is not None:
+        away = isinstance(kv.k, Halves) or isinstance(kv.v, Halves)
+        others = ("pallas_tpu", "pallas_gpu") if away else (*others, *unfit(kv.k, kv.v))
     return chosen("read", see.impl, None if isinstance(see.window, int | None) else _TRACED, others)
 
 
