@@ -97,7 +97,7 @@ class SALE(Sparsifier):
         near, pos = self.near(view), jnp.broadcast_to(view.pos[:, None], (b, g, n))
         table = for_heads(best_blocks(jnp.where(near, 0.0, -jnp.inf), near, near, self.first), g)
         see: dict[str, Any] = dict(q_pos=view.pos, k_pos=pos)
-        _, lse = block_sparse(view.q, view.k, view.k, table, window=view.window, scale=scale, impl=view.impl, **see, **size)
+        _, lse = block_sparse(view.q, view.k, view.k[..., :1], table, window=view.window, scale=scale, impl=view.impl, **see, **size)
         return low_bit(view.q, view.k, lse=lse, tile=self.tile, bits=self.bits, scale=scale, impl=view.impl, **see, **size)
 
     def table(self, params, view: View) -> BlockTable:
