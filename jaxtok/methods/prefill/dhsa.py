@@ -42,7 +42,8 @@ class DHSA(Sparsifier):
     tokens go first, and what finds no room is counted in the table's `lost`.
 
     Boundaries: every n / (chunks + 1) tokens, until a predictor is given: params["predictor"] (`init_params` with predicted=True; `width` keys on both
-    sides of a gap, all KV heads side by side, encoded by a depthwise and a pointwise convolution; [l, r, |l-r|, l r, cos(l, r)] -> MLP -> logit).
+    sides of a gap, all KV heads side by side, encoded by a depthwise and a pointwise convolution, each with a relu; [l, r, |l-r|, l r, cos(l, r)] -> MLP -> logit).
+    A chunk begins behind the gap (the code's logit p is of the gap behind row p, and its chunk begins at p itself); no boundary is forced at the tail.
     With boundaries every block_k tokens "chunks" ranks blocks as block top-k does. The vertical-slash masks of the second version: `vertical_slash`.
     """
 
@@ -74,7 +75,7 @@ class DHSA(Sparsifier):
         if not self.predicted:
             return {}
         c, w, m = cfg.kv_heads * cfg.head_dim, self.width, self.hidden
-        shapes = {"depth": (w, c), "point": (c, c), "into": (4 * c + 1, m), "out": (m, 1)}
+        shapes = {"depth": (w, c), "point": (c, m), "into": (4 * m + 1, m), "out": (m, 1)}
         draw = lambda i, shape: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32) * shape[0] ** -0.5
         out = {name: draw(i, shape) for i, (name, shape) in enumerate(shapes.items())}
         return {"predictor": out | {name + "_bias": jnp.zeros(shape[-1], jnp.float32) for name, shape in shapes.items()}}
@@ -166,7 +167,7 @@ def boundary_logits(p, k: Float[Array, "b g n d"], live: Bool[Array, "b n"]) -> 
     x = jnp.moveaxis(x, 1, 2).reshape(k.shape[0], k.shape[2], -1)
     n, x = x.shape[1], jnp.pad(x, ((0, 0), (w, w), (0, 0)))
     y = sum(x[:, i : i + n + w] * p["depth"][i][None, None] for i in range(w)) + p["depth_bias"][None, None]
-    y = jax.nn.relu(y) @ p["point"] + p["point_bias"][None, None]
+    y = jax.nn.relu(jax.nn.relu(y) @ p["point"] + p["point_bias"][None, None])
     left, right = y[:, :n], y[:, w : w + n]
     lengths = jnp.linalg.norm(left, axis=-1, keepdims=True) * jnp.linalg.norm(right, axis=-1, keepdims=True)
     near = jnp.sum(left * right, -1, keepdims=True) / jnp.maximum(lengths, 1e-8)

@@ -71,7 +71,8 @@ def logits(p, keys, w):
     p = {name: np.asarray(a, np.float64) for name, a in p.items()}
     n = len(keys)
     row = lambda j: keys[j] if 0 <= j < n else np.zeros(keys.shape[1])
-    encode = lambda rows: np.maximum(sum(r * p["depth"][i] for i, r in enumerate(rows)) + p["depth_bias"], 0) @ p["point"] + p["point_bias"]
+    mixed = lambda rows: np.maximum(sum(r * p["depth"][i] for i, r in enumerate(rows)) + p["depth_bias"], 0)
+    encode = lambda rows: np.maximum(mixed(rows) @ p["point"] + p["point_bias"], 0)
     out = []
     for j in range(n):
         left, right = encode([row(i) for i in range(j - w, j)]), encode([row(i) for i in range(j, j + w)])
@@ -162,13 +163,22 @@ def test_official_masks(data):
 
 
 def test_official_boundaries(data):
-    """xiongsiheng/DHSA, first version: the predictor's boundaries out of its logits."""
+    """xiongsiheng/DHSA, first version: the predictor's logits, of the gap behind a row there; boundaries out of them, one of them forced
+    in front of the instruction, behind which there are none."""
     z = np.load(data / "golden" / "dhsa_v1.npz")
-    logit = jnp.asarray(z["c2_pred_logits"], jnp.float32)
+    w = {name: z[f"c2_pred_w.{name}"] for name in ("enc.0.weight", "enc.2.weight", "mlp.0.weight", "mlp.2.weight")}
+    p = {"depth": w["enc.0.weight"][:, 0].T, "point": w["enc.2.weight"][:, :, 0].T, "into": w["mlp.0.weight"].T, "out": w["mlp.2.weight"].T}
+    of = {"depth": "enc.0", "point": "enc.2", "into": "mlp.0", "out": "mlp.2"}
+    p |= {f"{name}_bias": z[f"c2_pred_w.{at}.bias"] for name, at in of.items()}
+    k, want = jnp.asarray(z["c2_k"]), z["c2_pred_logits"]
+    n = k.shape[2]
+    got = boundary_logits(jax.tree.map(jnp.asarray, p), k, jnp.ones((1, n), bool))
+    np.testing.assert_allclose(got[:, 1:], want[:, :-1], atol=1e-4)
+    edge = n - int(z["c2_instruction_tokens"])
+    logit = jnp.asarray(want, jnp.float32).at[:, edge].set(1e9)
     method = DHSA(capacity=300, chunks=int(z["c2_num_chunks"]), apart=int(z["c2_pred_nms"]))
-    found = np.flatnonzero(np.asarray(method.boundaries(logit, jnp.asarray([logit.shape[1]])))[0]).tolist()
-    want = sorted({0, *z["c2_pred_boundaries"][0].astype(int).tolist()} - {logit.shape[1]})
-    assert found == want
+    found = np.flatnonzero(np.asarray(method.boundaries(logit, jnp.asarray([edge + 1])))[0]).tolist()
+    assert found == sorted({0, *z["c2_pred_boundaries"][0].astype(int).tolist()} - {n})
 
 
 def test_refuses():
