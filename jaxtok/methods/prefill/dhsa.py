@@ -43,7 +43,7 @@ class DHSA(Sparsifier):
 
     Boundaries: every n / (chunks + 1) tokens, until a predictor is given: params["predictor"] (`init_params` with predicted=True; `width` keys on both
     sides of a gap, all KV heads side by side, encoded by a depthwise and a pointwise convolution, each with a relu; [l, r, |l-r|, l r, cos(l, r)] -> MLP -> logit).
-    A chunk begins behind the gap (the code's logit p is of the gap behind row p, and its chunk begins at p itself); no boundary is forced at the tail.
+    No chunk begins in the first or the last `width` - 1 rows; none is forced at the tail (the code forces one in front of the instruction).
     With boundaries every block_k tokens "chunks" ranks blocks as block top-k does. The vertical-slash masks of the second version: `vertical_slash`.
     """
 
@@ -97,9 +97,9 @@ class DHSA(Sparsifier):
         return best_blocks(score, jnp.any(seen, -1, keepdims=True) & alive[:, None, None], jnp.zeros_like(seen), most)
 
     def boundaries(self, logit: Float[Array, "b n"], length: Int[Array, " b"]) -> Bool[Array, "b n"]:
-        """Where chunks begin: row 0 and the `chunks` largest logits of live rows, none within `apart` rows of a larger one."""
+        """Where chunks begin: row 0 and the `chunks` largest logits of rows with `width` live keys on both sides, none within `apart` rows of a larger one."""
         row = jnp.arange(logit.shape[1], dtype=jnp.int32)[None]
-        left = jnp.where((row > 0) & (row < length[:, None]), finite(logit), -jnp.inf)
+        left = jnp.where((row >= self.width) & (row <= length[:, None] - self.width), finite(logit), -jnp.inf)
 
         def pick(_, state):
             left, found = state

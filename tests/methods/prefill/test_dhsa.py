@@ -57,8 +57,8 @@ def test_chunks_equal_numpy(chunks, capacity, bq, bk):
     assert (np.asarray(views.table(method, x).lost) == 0).all()
 
 
-def nms(logit, length, count, apart):
-    left, found = {j: v for j, v in enumerate(logit[:length]) if j > 0}, [0]
+def nms(logit, length, count, apart, width):
+    left, found = {j: v for j, v in enumerate(logit[:length]) if width <= j <= length - width}, [0]
     while left and len(found) <= count:
         best = max(left, key=lambda j: (left[j], -j))
         found.append(best)
@@ -94,7 +94,7 @@ def test_predicted_boundaries_equal_numpy():
         keys[length:] = 0
         want = logits(params["predictor"], keys, 2)
         np.testing.assert_allclose(got[i, :length], want[:length], atol=1e-4)
-        begins.append(nms(want, length, 5, 2))
+        begins.append(nms(want, length, 5, 2, 2))
         found = np.asarray(method.boundaries(jnp.asarray(got), x.length))[i]
         assert np.flatnonzero(found).tolist() == begins[-1]
     mask = views.tokens(method, x, params)
@@ -104,10 +104,12 @@ def test_predicted_boundaries_equal_numpy():
 def test_nms_by_hand():
     """Logits 9 1 5 6 0 4 among 6 rows, two boundaries, none within 1: row 3 (6), then 5 (4): 2 is too near, 0 begins anyway."""
     logit = jnp.asarray([[9.0, 1, 5, 6, 0, 4]])
-    got = DHSA(capacity=300, chunks=2, apart=1).boundaries(logit, jnp.asarray([6]))
+    got = DHSA(capacity=300, chunks=2, apart=1, width=1).boundaries(logit, jnp.asarray([6]))
     assert np.flatnonzero(np.asarray(got)[0]).tolist() == [0, 3, 5]
-    short = DHSA(capacity=300, chunks=9, apart=1).boundaries(logit, jnp.asarray([3]))
+    short = DHSA(capacity=300, chunks=9, apart=1, width=1).boundaries(logit, jnp.asarray([3]))
     assert np.flatnonzero(np.asarray(short)[0]).tolist() == [0, 2]
+    wide = DHSA(capacity=300, chunks=2, apart=1, width=3).boundaries(logit, jnp.asarray([6]))
+    assert np.flatnonzero(np.asarray(wide)[0]).tolist() == [0, 3], "three keys on both sides"
 
 
 def test_boundaries_every_block_rank_as_block_topk():
@@ -163,7 +165,7 @@ def test_official_masks(data):
 
 
 def test_official_boundaries(data):
-    """xiongsiheng/DHSA, first version: the predictor's logits, of the gap behind a row there; boundaries out of them, one of them forced
+    """xiongsiheng/DHSA, first version: the predictor's logits, of the gap behind a row there (its chunk begins at the next); boundaries out of them, one of them forced
     in front of the instruction, behind which there are none."""
     z = np.load(data / "golden" / "dhsa_v1.npz")
     w = {name: z[f"c2_pred_w.{name}"] for name in ("enc.0.weight", "enc.2.weight", "mlp.0.weight", "mlp.2.weight")}
@@ -173,10 +175,11 @@ def test_official_boundaries(data):
     k, want = jnp.asarray(z["c2_k"]), z["c2_pred_logits"]
     n = k.shape[2]
     got = boundary_logits(jax.tree.map(jnp.asarray, p), k, jnp.ones((1, n), bool))
-    np.testing.assert_allclose(got[:, 1:], want[:, :-1], atol=1e-4)
-    edge = n - int(z["c2_instruction_tokens"])
-    logit = jnp.asarray(want, jnp.float32).at[:, edge].set(1e9)
-    method = DHSA(capacity=300, chunks=int(z["c2_num_chunks"]), apart=int(z["c2_pred_nms"]))
+    width = int(z["c2_pred_boundary_window"])
+    np.testing.assert_allclose(got[:, width : n - width + 1], want[:, width - 1 : n - width], atol=1e-4)  # -100 beyond
+    edge = n - int(z["c2_instruction_tokens"]) + 1
+    logit = jnp.pad(jnp.asarray(want, jnp.float32)[:, :-1], ((0, 0), (1, 0)), constant_values=-100).at[:, edge].set(1e9)
+    method = DHSA(capacity=300, chunks=int(z["c2_num_chunks"]), apart=int(z["c2_pred_nms"]), width=1)
     found = np.flatnonzero(np.asarray(method.boundaries(logit, jnp.asarray([edge + 1])))[0]).tolist()
     assert found == sorted({0, *z["c2_pred_boundaries"][0].astype(int).tolist()} - {n})
 
