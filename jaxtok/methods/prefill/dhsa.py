@@ -43,7 +43,7 @@ class DHSA(Sparsifier):
 
     Boundaries: every n / (chunks + 1) tokens, until a predictor is given: params["predictor"] (`init_params` with predicted=True; `width` keys on both
     sides of a gap, all KV heads side by side, encoded by a depthwise and a pointwise convolution, each with a relu; [l, r, |l-r|, l r, cos(l, r)] -> MLP -> logit).
-    No chunk begins in the first or the last `width` - 1 rows; none is forced at the tail (the code forces one in front of the instruction).
+    theta: only logits above it (1.1 in the code) begin a chunk. No chunk begins in the first or the last `width` - 1 rows; none is forced at the tail (the code forces one in front of the instruction).
     With boundaries every block_k tokens "chunks" ranks blocks as block top-k does. The vertical-slash masks of the second version: `vertical_slash`.
     """
 
@@ -56,6 +56,7 @@ class DHSA(Sparsifier):
     width: int = 4
     hidden: int = 256
     predicted: bool = False
+    theta: float | None = None
     room: float = 2.0
     block_q: int = 64
     block_k: int = 32
@@ -67,6 +68,8 @@ class DHSA(Sparsifier):
             check.count(name, getattr(self, name), low)
         check.one_of("variant", self.variant, ("chunks", "topk", "a"))
         check.between("room", self.room, 1, 1e6)
+        if self.theta is not None:
+            check.between("theta", self.theta, -1e30, 1e30)
         check.kind("predicted", self.predicted, bool)
         check.budget("capacity", self.capacity, self.sinks + self.local + self.block_q if self.variant == "chunks" else 0)
 
