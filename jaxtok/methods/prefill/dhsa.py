@@ -43,7 +43,8 @@ class DHSA(Sparsifier):
 
     Boundaries: every n / (chunks + 1) tokens, until a predictor is given: params["predictor"] (`init_params` with predicted=True; `width` keys on both
     sides of a gap, all KV heads side by side, encoded by a depthwise and a pointwise convolution, each with a relu; [l, r, |l-r|, l r, cos(l, r)] -> MLP -> logit).
-    theta: only logits above it (1.1 in the code) begin a chunk. No chunk begins in the first or the last `width` - 1 rows; none is forced at the tail (the code forces one in front of the instruction).
+    theta: only logits above it begin a chunk (1.1 in the code). None begins in the first or last `width` - 1 rows, and none is forced in front
+    of the tail (the code forces one there). Labels and loss of the predictor: `jaxtok.train.dhsa`.
     With boundaries every block_k tokens "chunks" ranks blocks as block top-k does. The vertical-slash masks of the second version: `vertical_slash`.
     """
 
@@ -103,6 +104,7 @@ class DHSA(Sparsifier):
         """Where chunks begin: row 0 and the `chunks` largest logits of rows with `width` live keys on both sides, none within `apart` rows of a larger one."""
         row = jnp.arange(logit.shape[1], dtype=jnp.int32)[None]
         left = jnp.where((row >= self.width) & (row <= length[:, None] - self.width), finite(logit), -jnp.inf)
+        left = left if self.theta is None else jnp.where(left > self.theta, left, -jnp.inf)
 
         def pick(_, state):
             left, found = state

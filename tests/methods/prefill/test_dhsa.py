@@ -110,6 +110,8 @@ def test_nms_by_hand():
     assert np.flatnonzero(np.asarray(short)[0]).tolist() == [0, 2]
     wide = DHSA(capacity=300, chunks=2, apart=1, width=3).boundaries(logit, jnp.asarray([6]))
     assert np.flatnonzero(np.asarray(wide)[0]).tolist() == [0, 3], "three keys on both sides"
+    high = DHSA(capacity=300, chunks=9, apart=1, width=1, theta=5.0).boundaries(logit, jnp.asarray([6]))
+    assert np.flatnonzero(np.asarray(high)[0]).tolist() == [0, 3], "only logits above theta"
 
 
 def test_boundaries_every_block_rank_as_block_topk():
