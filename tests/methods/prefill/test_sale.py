@@ -60,7 +60,7 @@ def reference(method, x, exact=False):
                         best = max([best, *(estimate[i, e, t, j] - z for j in pairs)])
                 rows = slice(r, r + method.block_q)
                 out[i, e, rows, c : c + method.block_k] = first[r, c] or np.exp(best) > method.tau
-    mass = np.where(seen[:, None], np.exp(logit), 0)
+    mass = np.exp(np.where(seen[:, None], logit, -np.inf))
     return out & seen[:, None], mass / np.maximum(mass.sum(-1, keepdims=True), 1e-300)
 
 
