@@ -26,7 +26,7 @@ def block_sparse(
     block_q: int,
     block_k: int,
     causal: bool = True,
-    window: int | None = None,
+    window: int | Int32[Array, ""] | None = None,
     softcap: float | None = None,
     scale: float | None = None,
     impl: str = "auto",

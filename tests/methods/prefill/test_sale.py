@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_thresholds_by_head_and_layer():
     with pytest.raises(ValueError, match="must be \\[layers, 4\\]"):
         views.tokens(SALE(**HOW), x, {"tau": tau[:, :2]})
     cfg = Config(vocab=8, width=8, layers=3, heads=4, kv_heads=2, head_dim=4, hidden=8)
-    assert SALE(tau=0.5).init_params(None, cfg)["tau"].shape == (3, 4)
+    assert SALE(tau=0.5).init_params(jax.random.key(0), cfg)["tau"].shape == (3, 4)
 
 
 def test_a_capacity_keeps_the_best_and_counts_the_rest():
