@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtok.core import check
 from jaxtok.core.protocols import Method
 from jaxtok.core.select import finite
 from jaxtok.core.types import BlockTable
@@ -92,6 +93,8 @@ def oldest(view: View, block_q: int, block_k: int, tokens: int) -> Bool[Array, "
 
 def _edges(view: View, block_q: int, block_k: int) -> tuple[Array, Array, Array]:
     """First and last live row of each block of queries, first row of each block of keys; they broadcast to [b 1 nq nk]."""
+    check.count("block_q", block_q)
+    check.count("block_k", block_k)
     steps = lambda size: jnp.arange(view.blocks(size), dtype=jnp.int32) * size
     first = steps(block_q)[None, None, :, None]
     last = jnp.minimum(first + block_q, view.length[:, None, None, None]) - 1
@@ -105,6 +108,7 @@ def best_blocks(
 
     Candidates of score -inf are not chosen. Ties: the older block. Scores are float32, NaN the lowest.
     """
+    check.count("most", most)
     nk = score.shape[-1]
     value = jnp.where(jnp.isneginf(score), -jnp.inf, finite(score))
     value = jnp.where(candidate, jnp.where(forced, jnp.inf, value), -jnp.inf)
@@ -118,6 +122,7 @@ def best_blocks(
 
 def with_tokens(table: BlockTable, tokens: Bool[Array, "b _ nq n"], block_k: int) -> BlockTable:
     """The table with the keys of its blocks that each block of queries reads, from a mask over all keys."""
+    check.count("block_k", block_k)
     index = table.index
     tokens = jnp.pad(tokens, [(0, 0)] * 3 + [(0, -tokens.shape[-1] % block_k)])
     cut = tokens.reshape(*tokens.shape[:3], -1, block_k)
@@ -127,11 +132,13 @@ def with_tokens(table: BlockTable, tokens: Bool[Array, "b _ nq n"], block_k: int
 
 def for_heads(table: BlockTable, lists: int) -> BlockTable:
     """One list for all heads, as `lists` equal ones."""
+    check.count("lists", lists)
     return BlockTable(*(None if x is None else jnp.broadcast_to(x, (x.shape[0], lists, *x.shape[2:])) for x in table))
 
 
 def block_means(x: Float[Array, "b e n d"], live: Bool[Array, "b n"], block: int) -> Float[Array, "b e nb d"]:
     """The mean of the live rows of each block, float32; zeros where none is live."""
+    check.count("block", block)
     b, e, n, d = x.shape
     pad = -n % block
     x = jnp.pad(jnp.where(live[:, None, :, None], x.astype(jnp.float32), 0.0), ((0, 0), (0, 0), (0, pad), (0, 0)))

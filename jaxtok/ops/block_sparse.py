@@ -10,6 +10,7 @@ from jaxtok_kernels.scores import low_bit as _estimate
 from jaxtok_kernels.scores import reference
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jaxtok.core import check
 from jaxtok.core.types import BlockTable
 from jaxtok.ops._impl import chosen, unfit
 
@@ -57,6 +58,8 @@ def block_sparse(
 
 def listed(table: BlockTable, *, t: int, s: int, block_q: int, block_k: int) -> Bool[Array, "b e t s"]:
     """Which pairs of queries and keys a table lists, before any causal mask: for tests, pictures and counts of short sequences."""
+    check.count("block_q", block_q)
+    check.count("block_k", block_k)
     b, e, nq, m = table.index.shape
     nk = -(-s // block_k)
     if nq != -(-t // block_q):
@@ -72,6 +75,8 @@ def listed(table: BlockTable, *, t: int, s: int, block_q: int, block_k: int) -> 
 
 def density(table: BlockTable, pos: Int32[Array, "b n"], *, block_q: int, block_k: int) -> Float32[Array, "b e"]:
     """The share of the causal blocks of live rows (the first of `pos`) that each list reads: 1 is plain attention. Blocks count whole."""
+    check.count("block_q", block_q)
+    check.count("block_k", block_k)
     nq, nk = -(-pos.shape[1] // block_q), -(-pos.shape[1] // block_k)
     length = jnp.sum(pos >= 0, -1, dtype=jnp.int32)[:, None, None, None]
     first = (jnp.arange(nq, dtype=jnp.int32) * block_q)[None, None, :, None]
