@@ -20,7 +20,7 @@ def problem(seed=0, lists=2, most=4):
     rng = np.random.default_rng(seed + 100)
     nq, nk = x.blocks(BQ), x.blocks(BK)
     score = jnp.asarray(rng.normal(size=(2, lists, nq, nk)), jnp.float32)
-    every = jnp.ones((1, 1, nq, nk), bool)
+    every = jnp.ones((2, 1, nq, nk), bool)
     return x, jnp.asarray(rng.normal(size=x.k.shape), jnp.float32), best_blocks(score, every, ~every, most)
 
 
