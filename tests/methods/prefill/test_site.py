@@ -160,4 +160,4 @@ def test_refuses_what_does_not_go_together():
     with pytest.raises(ValueError, match="a_shape lists the keys of a whole prompt at once"):
         prefill_chunked(CFG, params, jnp.asarray(ids), recipe=recipe, chunk=8, new=0)
     with pytest.raises(TypeError, match="sparsify takes a Sparsifier"):
-        Recipe(sparsify=SnapKV(capacity=9))  # type: ignore[arg-type]
+        Recipe(sparsify=SnapKV(capacity=9, window=2))  # type: ignore[arg-type]
