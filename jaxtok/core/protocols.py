@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import budget, check, reduce, select
-from jaxtok.core.types import KV, BlockTable, Evidence, Frozen, Needs, Plan, Protect
+from jaxtok.core.types import KV, Evidence, Frozen, Needs, Plan, Protect
 
 
 class Method:
@@ -190,13 +190,6 @@ class CachePolicy(Method):
     def depart(self, params, state: Held, kv: KV, slot: Int[Array, "b g"], evidence: Evidence) -> tuple[KV, Held]:
         """Before what is in `slot` goes (-1 = nothing does): a place to keep something of it in other slots."""
         return kv, state
-
-
-class Sparsifier(Method):
-    """Site sparsify: which blocks of keys each block of queries attends to in a prefill."""
-
-    def table(self, params, q: Float[Array, "b h n d"], k: Float[Array, "b g n d"], pos: Int[Array, "b n"]) -> BlockTable:
-        raise NotImplementedError(f"{type(self).__name__} must make a block table")
 
 
 class Attention(Method):

@@ -9,6 +9,7 @@ from jaxtok.core import protocols
 from jaxtok.core.edit import LayerEdit
 from jaxtok.core.reader import Reader
 from jaxtok.core.reducer import Reducer
+from jaxtok.core.sparsifier import Sparsifier
 from jaxtok.core.types import Needs
 
 _KIND = {
@@ -16,7 +17,7 @@ _KIND = {
     "vit": Reducer,
     "select": Reducer,
     "layers": Reducer,
-    "sparsify": protocols.Sparsifier,
+    "sparsify": Sparsifier,
     "attention": protocols.Attention,
     "cache": protocols.CacheCompressor,
     "policy": protocols.CachePolicy,
@@ -40,7 +41,7 @@ class Recipe:
     vit: tuple[tuple[int, Reducer], ...] = ()
     select: Reducer | None = None
     layers: tuple[tuple[int, Reducer], ...] = ()
-    sparsify: protocols.Sparsifier | None = None
+    sparsify: Sparsifier | None = None
     attention: protocols.Attention | None = None
     cache: protocols.CacheCompressor | None = None
     policy: protocols.CachePolicy | None = None
@@ -127,11 +128,10 @@ class Recipe:
             if method.trim is not None and (self.cache or self.policy or self.reader or self.heads):
                 raise ValueError(f"{method.name} trims the caches after the prefill itself; use it without cache, policy, reader and heads")
         self._validate_heads(cfg)
-        for site in ("sparsify", "attention"):
-            if getattr(self, site):
-                raise ValueError(f"the decoder does not take a method at site {site!r} yet")
-        for edit in self.edits:
-            edit.validate(self, cfg)
+        if self.attention:
+            raise ValueError("the decoder does not take a method at site 'attention' yet")
+        for method in (*self.edits, *((self.sparsify,) if self.sparsify else ())):
+            method.validate(self, cfg)
         raw = (self.policy is not None and self.policy.raw) or (self.reader is not None and self.reader.raw)
         if raw and self.cache is not None and (self.cache.rotates or self.cache.reads_rotated):
             raise ValueError(f"{self.cache.name} works on rotated keys, but they are stored unrotated here; use one or the other")

@@ -229,10 +229,12 @@ class KeyIndex(NamedTuple):
 
 
 class BlockTable(NamedTuple):
-    """Blocks of keys that each block of queries attends to in prefill."""
+    """Blocks of keys that each block of queries attends to in a prefill; e = g, or h: each query head has a list of its own."""
 
-    index: jax.Array  # i32 [b e nq max_blocks]; -1 = unused entry
+    index: jax.Array  # i32 [b e nq m]; the first `count` entries name blocks, each once; -1 behind them
     count: jax.Array  # i32 [b e nq]
+    mask: jax.Array | None = None  # bool [b e nq m block_k]: which keys of each listed block; None = all
+    lost: jax.Array | None = None  # i32 [b e nq] blocks that were chosen and found no room
 
 
 def live_count(pos: jax.Array) -> jax.Array:

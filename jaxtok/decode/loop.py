@@ -139,6 +139,8 @@ def prefill_chunked(
     """
     if chunk < 1:
         raise ValueError(f"chunk must be >= 1, got {chunk}")
+    if recipe.sparsify is not None:
+        raise ValueError(f"{recipe.sparsify.name} lists the keys of a whole prompt at once; use decode.prefill, or a reader with read=True")
     if read and (recipe.reader is None or recipe.cache is not None or recipe.policy is not None):
         raise ValueError("read=True prefills through a reader: the recipe needs one, and no cache or policy beside it")
     needs = recipe.cache.needs if recipe.cache is not None else PLAIN.prefill_needs

@@ -18,7 +18,7 @@ from jaxtok.core.reduce import gather, grow_kv, move, reduce_kv, representative
 from jaxtok.core.rotary import rotate_by
 from jaxtok.core.score import change, moments
 from jaxtok.core.types import KV, Evidence, Frozen, Needs, Part, Tokens
-from jaxtok.models import blocks
+from jaxtok.models import blocks, sparsify
 from jaxtok.models.config import Config
 from jaxtok.models.observe import held, in_order, observe
 from jaxtok.ops import offload
@@ -78,10 +78,12 @@ def attend_rows(
     key,
     impl: Impl,
     among=None,
+    learned=None,
 ) -> tuple[Tokens, list[tuple[KV, Evidence]]]:
     """One layer over the rows of a prefill -> (tokens, for each head group the cache with these rows and evidence over its slots).
 
-    `among` bool [b s]: attention evidence as if of the slots of `past` only these were there.
+    `among` bool [b s]: attention evidence as if of the slots of `past` only these were there. `learned`: params["methods"], of which the
+    sparsifier's are read; it acts in a prefill of its own (past=None), and its logsumexp is the one that evidence is made with.
     """
     q, k, v = blocks.qkv(cfg, p, tokens.x)
     group, freqs = cfg.heads // cfg.kv_heads, jnp.asarray(blocks.frequencies(cfg, i))
@@ -96,7 +98,9 @@ def attend_rows(
     for part in (None,) if past is None else past:
         heads = k.shape[1] if part is None else part.kv.k.shape[1]
         mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]
-        out, kv, seen = _attend_group(cfg, i, tokens, part, mine, freqs, recipe, needs, proportional, impl, among, length, common["key"])
+        out, kv, seen = _attend_group(
+            cfg, i, tokens, part, mine, freqs, recipe, needs, proportional, impl, among, length, common["key"], learned
+        )
         outs.append(out)
         found.append(ordered(kv, Evidence(**seen, **common)))
         g += heads
@@ -111,7 +115,7 @@ def attend_rows(
 
 
 def _attend_group(
-    cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional, impl, among, length, key
+    cfg, i, tokens, part, qkv, freqs, recipe, needs, proportional, impl, among, length, key, learned
 ) -> tuple[Array, KV, dict[str, Any]]:
     """The rows' attention in one head group -> (values, cache with these rows, its evidence)."""
     q, k, v = qkv
@@ -163,7 +167,12 @@ def _attend_group(
     see: dict[str, Any] = dict(q_pos=pos, k_pos=kv.pos, bias=kv.bias, window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
     if part is None:  # all heads have the same rows: less to mask, and less to hand on where devices share them
         see |= {"k_pos": pos, "bias": bias if proportional else None}
-    out, lse = attention(turned_q, keys, kv.v, impl=impl, diagonal=diagonal, **see)
+    if part is None and recipe.sparsify is not None:
+        rest = {name: see[name] for name in ("bias", "window", "softcap", "scale")}
+        own = (learned or {}).get("sparsify", {})
+        out, lse = sparsify.attend(recipe.sparsify.layer(i, cfg.layers), own, i, turned_q, keys, kv.v, pos, impl=impl, **rest)
+    else:
+        out, lse = attention(turned_q, keys, kv.v, impl=impl, diagonal=diagonal, **see)
     looked: dict[str, Any] = see
     look_lse = lse
     if among is not None:

@@ -109,6 +109,7 @@ def prefill(
     of `tokens` then count from 0 and are moved behind what the caches have seen; evidence covers this call's queries.
     `keep`: traced budgets by recipe field ("cache", "policy", or "layers": a sequence, one entry a pruner), i32 broadcastable
     to [l b]; absent = the capacity. With `recipe.edits` a call that continues takes all its rows for text.
+    `recipe.sparsify` acts in a prefill of its own; on given caches, and in steps, rows attend to everything.
     `key`: PRNG for methods that draw. `proportional`: log(size) is added to the attention logits of merged tokens.
 
     Returns the tokens after the last layer (row -1 is the last token; feed it to `logits`) and the caches.
@@ -124,8 +125,8 @@ def prefill(
         raise ValueError("inference takes params['layers'] as a tuple of one dict a layer; use models.blocks.unstack(params)")
     if layers is not None and recipe.layers:
         raise ValueError("pruning between layers takes a prefill of its own; continue with a recipe without `layers`")
-    if isinstance(impl, Shared) and (recipe.layers or recipe.edits):
-        raise ValueError("over several devices a recipe takes no `layers` and no `edits`; leave them out, or run on one")
+    if isinstance(impl, Shared) and (recipe.layers or recipe.edits or recipe.sparsify):
+        raise ValueError("over several devices a recipe takes no `layers`, `edits` and `sparsify`; leave them out, or run on one")
     if recipe.edits and layers is None:
         return edits.prefill(cfg, params, tokens, recipe, new=new, proportional=proportional, impl=impl)
     pruning, evidence, out = Pruning(cfg, params, recipe, keep, proportional, key, impl), Evidence(), []
@@ -133,7 +134,7 @@ def prefill(
     for i, p in enumerate(params["layers"]):
         tokens = pruning.before(i, p, tokens, evidence)
         needs, past = recipe.prefill_needs | pruning.needs(i), None if layers is None else layers[i]
-        tokens, found = cached.attend_rows(cfg, p, i, tokens, past, recipe, needs, proportional, key, impl)
+        tokens, found = cached.attend_rows(cfg, p, i, tokens, past, recipe, needs, proportional, key, impl, learned=params.get("methods"))
         out.append(cached.settle(cfg, params, i, found, past, recipe, new, keep, impl))
         evidence = found[0][1]  # pruners work on caches of one group
     tokens = back(tokens)
@@ -161,7 +162,7 @@ def survey(
     layers, out = [], []
     tokens, impl, back = _laid(tokens, impl)
     for i, p in enumerate(params["layers"]):
-        tokens, found = cached.attend_rows(cfg, p, i, tokens, None, recipe, needs, False, key, impl)
+        tokens, found = cached.attend_rows(cfg, p, i, tokens, None, recipe, needs, False, key, impl, learned=params.get("methods"))
         layers.append(tuple(Part(kv, Held()) for kv, _ in found))
         out.append(tuple(evidence for _, evidence in found))
     return back(tokens), tuple(layers), tuple(out)

@@ -5,8 +5,8 @@ that hypothesis draws, and at times one argument spoiled. `CASES` and `PLAIN` sa
 takes an entry in core.py or ops.py here; methods are found by their `small`. `missing` names what has none.
 """
 
-from tests.calls import core, methods, ops
+from tests.calls import core, methods, ops, prefill
 from tests.calls.cases import CASES, ODD, PLAIN, Case, missing
 from tests.calls.values import SETS, Sizes, Values
 
-__all__ = ["CASES", "ODD", "PLAIN", "SETS", "Case", "Sizes", "Values", "core", "methods", "missing", "ops"]
+__all__ = ["CASES", "ODD", "PLAIN", "SETS", "Case", "Sizes", "Values", "core", "methods", "missing", "ops", "prefill"]

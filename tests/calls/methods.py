@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxtok.core import reduce, registry, vacate
 from jaxtok.core.reader import Sight
+from jaxtok.core.sparsifier import View
 from jaxtok.core.types import Protect
 from jaxtok.ops import cache
 from tests.calls.cases import INTS, LEAST, METHODS, PLAIN, REALS, Case, case, small, usually
@@ -137,6 +138,25 @@ def read(make):
     return build
 
 
+def lists(make):
+    def build(s):
+        method = make(max(s.m, LEAST))
+        cfg = dataclasses.replace(CFG, heads=s.h, kv_heads=s.g, head_dim=s.d)
+
+        def fn(q, k, live):
+            pos = jnp.where(
+                jnp.arange(s.n, dtype=jnp.int32)[None] < jnp.sum(live, -1, keepdims=True), jnp.arange(s.n, dtype=jnp.int32)[None], -1
+            )
+            view = View(q, k, pos, s.i % 2, s.one(None, 5), None, s.one(None, 0.3))
+            table = method.table(method.init_params(jax.random.key(0), cfg), view)
+            bad = (table.index < -1) | (table.index >= view.blocks(method.block_k))
+            return table, jnp.where(jnp.any(bad), jnp.nan, 0.0)  # a block that is not there
+
+        return Case(fn, lambda v: {"q": v.rows(s.b, s.h, s.n, s.d), "k": v.rows(s.b, s.g, s.n, s.d), "live": v.mask(s.b, s.n)})
+
+    return build
+
+
 BASES = ("snapkv", "k_norm", "pyramidkv", "ada_kv", "chunked", "h2o", "full")
 WORDS = st.sampled_from(["max", "avg", "mean", "kvpress", "official", "paper"])
 
@@ -241,6 +261,7 @@ def edit(make):
 ROWS = {site: {"plan": shrink} for site in ("vit", "select", "layers")}
 USES = ROWS | {
     "edits": {"edit": edit},
+    "sparsify": {"table": lists},
     "prompt": {"run": shorten},
     "cache": {"compress": compress},
     "policy": {"fit": fit, "step": step},

@@ -1,0 +1,181 @@
+"""DHSA. Source: arXiv:2510.24606; xiongsiheng/DHSA (legacy/utils/helper.py; Block-Sparse-Attention/DHSA_patch.py)."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.core import check
+from jaxtok.core.registry import register
+from jaxtok.core.select import finite
+from jaxtok.core.sparsifier import Sparsifier, View, best_blocks, block_means, for_heads, newest, oldest, reach, with_tokens
+from jaxtok.core.types import BlockTable
+
+
+@register(
+    "dhsa",
+    site="sparsify",
+    paper="arXiv:2510.24606",
+    title="Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs",
+    authors="Siheng Xiong and Joe Zou and Faramarz Fekri and Yae Jee Cho",
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DHSA(Sparsifier):
+    """Read the chunks of keys that a block of queries meets best, chunks of any length.
+
+        variant="chunks" (first version): the `chunks` most likely boundaries, none within `apart` of a likelier one, cut the keys;
+            score_xc = mean of the queries of x * sqrt(their number) . mean of the keys of c * sqrt(its length), both averaged over heads
+            x reads its own keys, the `local` before them, the first `sinks`, and the tokens of the best chunks up to `capacity` keys in all
+        variant="topk", "a" (second version): blocks are the chunks, each query head has a list of its own;
+            score_xy = mean of the queries of x . mean of the keys of y;   the best capacity / block_k blocks
+            topk: among all blocks, future ones too, which the causal mask then wastes; a: the first block and the newest are among them
+
+    The square roots make a score's variance independent of the length for i.i.d. keys. A chunk that the capacity cuts gives its older tokens
+    (its tokens tie). Forced keys are taken first, so nothing counts twice (the code overwrites top-k slots by the first tokens, and pads
+    with repeated indices). `local` counts keys before the block, all of whose own keys are read (our reading: the code counts from its end,
+    so a local below the block leaves its first queries without themselves). capacity >= n is plain attention.
+    room: chunks begin anywhere, so lists of "chunks" have room * capacity / block_k blocks and 4, statically; those with the most chosen
+    tokens go first, and what finds no room is counted in the table's `lost`.
+
+    Boundaries: every n / (chunks + 1) tokens, until a predictor is given: params["predictor"] (`init_params` with predicted=True; `width` keys on both
+    sides of a gap, all KV heads side by side, encoded by a depthwise and a pointwise convolution, each with a relu; [l, r, |l-r|, l r, cos(l, r)] -> MLP -> logit).
+    theta: only logits above it begin a chunk (1.1 in the code). None begins in the first or last `width` - 1 rows, and none is forced in front
+    of the tail (the code forces one there). Labels and loss of the predictor: `jaxtok.train.dhsa`.
+    With boundaries every block_k tokens "chunks" ranks blocks as block top-k does. The vertical-slash masks of the second version: `vertical_slash`.
+    """
+
+    capacity: int
+    variant: str = "chunks"
+    chunks: int = 128
+    apart: int = 8
+    local: int = 64
+    sinks: int = 128
+    width: int = 4
+    hidden: int = 256
+    predicted: bool = False
+    theta: float | None = None
+    room: float = 2.0
+    block_q: int = 64
+    block_k: int = 32
+    tail: int = 64
+
+    def __post_init__(self):
+        lows = {"chunks": 1, "apart": 0, "local": 0, "sinks": 0, "width": 1, "hidden": 1, "block_q": 1, "block_k": 1, "tail": 0}
+        for name, low in lows.items():
+            check.count(name, getattr(self, name), low)
+        check.one_of("variant", self.variant, ("chunks", "topk", "a"))
+        check.between("room", self.room, 1, 1e6)
+        if self.theta is not None:
+            check.between("theta", self.theta, -1e30, 1e30)
+        check.kind("predicted", self.predicted, bool)
+        check.budget("capacity", self.capacity, self.sinks + self.local + self.block_q if self.variant == "chunks" else 0)
+
+    def init_params(self, key: jax.Array, cfg) -> Any:
+        """A random predictor (to be trained), where one is asked for."""
+        if not self.predicted:
+            return {}
+        c, w, m = cfg.kv_heads * cfg.head_dim, self.width, self.hidden
+        shapes = {"depth": (w, c), "point": (c, m), "into": (4 * m + 1, m), "out": (m, 1)}
+        draw = lambda i, shape: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32) * shape[0] ** -0.5
+        out = {name: draw(i, shape) for i, (name, shape) in enumerate(shapes.items())}
+        return {"predictor": out | {name + "_bias": jnp.zeros(shape[-1], jnp.float32) for name, shape in shapes.items()}}
+
+    def whole(self, n: int) -> bool:
+        return self.capacity >= n
+
+    def table(self, params, view: View) -> BlockTable:
+        if self.variant == "chunks":
+            return self._chunks((params or {}).get("predictor"), view)
+        size, live, g = (self.block_q, self.block_k), view.pos >= 0, view.k.shape[1]
+        q, k = block_means(view.q, live, self.block_q), block_means(view.k, live, self.block_k)
+        b, h, x, d = q.shape
+        score = jnp.einsum("bgqxd,bgyd->bgqxy", q.reshape(b, g, h // g, x, d), k).reshape(b, h, x, -1)
+        seen, most = reach(view, *size), max(1, self.capacity // self.block_k)
+        if self.variant == "a":
+            return best_blocks(score, seen, oldest(view, *size, 1) | newest(view, *size, 0), most)
+        alive = (jnp.arange(view.blocks(size[1]), dtype=jnp.int32) * size[1])[None] < view.length[:, None]
+        return best_blocks(score, jnp.any(seen, -1, keepdims=True) & alive[:, None, None], jnp.zeros_like(seen), most)
+
+    def boundaries(self, logit: Float[Array, "b n"], length: Int[Array, " b"]) -> Bool[Array, "b n"]:
+        """Where chunks begin: row 0 and the `chunks` largest logits of rows with `width` live keys on both sides, none within `apart` rows of a larger one."""
+        row = jnp.arange(logit.shape[1], dtype=jnp.int32)[None]
+        left = jnp.where((row >= self.width) & (row <= length[:, None] - self.width), finite(logit), -jnp.inf)
+        left = left if self.theta is None else jnp.where(left > self.theta, left, -jnp.inf)
+
+        def pick(_, state):
+            left, found = state
+            best = jnp.argmax(left, -1, keepdims=True).astype(jnp.int32)
+            some = jnp.max(left, -1, keepdims=True) > -jnp.inf
+            return jnp.where(jnp.abs(row - best) <= self.apart, -jnp.inf, left), found | ((row == best) & some)
+
+        return lax.fori_loop(0, self.chunks, pick, (left, jnp.broadcast_to(row == 0, left.shape)))[1]
+
+    def _begins(self, predictor, view: View) -> Bool[Array, "b n"]:
+        row, length = jnp.arange(view.pos.shape[1], dtype=jnp.int32)[None], view.length
+        if predictor is None:
+            step = jnp.maximum(-(-length // (self.chunks + 1)), 1)[:, None]
+            return (row % step == 0) & (row < jnp.maximum(length, 1)[:, None])
+        return self.boundaries(boundary_logits(predictor, view.k, view.pos >= 0), length)
+
+    def _chunks(self, predictor, view: View) -> BlockTable:
+        live, size, c = view.pos >= 0, (self.block_q, self.block_k), self.chunks + 1
+        (b, n), length, number = view.pos.shape, view.length, jnp.cumsum(self._begins(predictor, view), -1, dtype=jnp.int32) - 1
+        begin, end, k = _sums(jnp.where(live[:, None, :, None], view.k.astype(jnp.float32), 0.0).mean(1), number, live, c)
+        k = k / jnp.sqrt(jnp.maximum(end - begin, 1).astype(jnp.float32))[..., None]
+        q = jnp.mean(block_means(view.q, live, size[0]), 1)
+        first = (jnp.arange(view.blocks(size[0]), dtype=jnp.int32) * size[0])[None, :, None]
+        last = jnp.minimum(first + size[0], length[:, None, None])
+        score = jnp.einsum("bxd,bcd->bxc", q * jnp.sqrt(jnp.maximum(last - first, 1).astype(jnp.float32)), k)
+        # free keys: behind the sinks, before the window
+        window = jnp.maximum(first - self.local, 0)
+        low, high = jnp.maximum(begin[:, None], self.sinks), jnp.minimum(end[:, None], window)
+        free = jnp.where(first < length[:, None, None], jnp.maximum(high - low, 0), 0)
+        forced = jnp.minimum(self.sinks, window) + jnp.maximum(last - window, 0)
+        order = jnp.argsort(-jnp.where(free > 0, finite(score), -jnp.inf), -1, stable=True)
+        ranked = jnp.take_along_axis(free, order, -1)
+        room = jnp.maximum(self.capacity - forced, 0) - (jnp.cumsum(ranked, -1) - ranked)
+        take = jnp.take_along_axis(jnp.clip(room, 0, ranked), jnp.argsort(order, -1), -1)  # tokens of each chunk that are read
+        of = jnp.broadcast_to(number[:, None], (b, take.shape[1], n))
+        row = jnp.arange(n, dtype=jnp.int32)[None, None]
+        low = jnp.broadcast_to(low, take.shape)
+        rank, allowed = row - jnp.take_along_axis(low, of, -1), jnp.take_along_axis(take, of, -1)
+        tokens = (rank >= 0) & (rank < allowed) & (row < window)
+        tokens = (tokens | (row < self.sinks) | (row >= window)) & (row < last) & (first < last)
+        cut = jnp.pad(tokens, ((0, 0), (0, 0), (0, -n % size[1]))).reshape(b, tokens.shape[1], -1, size[1])
+        many = jnp.sum(cut, -1, dtype=jnp.int32)[:, None]
+        most = min(view.blocks(size[1]), math.ceil(self.room * self.capacity / size[1]) + 4)
+        table = best_blocks(many.astype(jnp.float32), many > 0, newest(view, *size, 0), most)
+        table = table._replace(lost=jnp.sum(many > 0, -1, dtype=jnp.int32) - table.count)
+        return for_heads(with_tokens(table, tokens[:, None], size[1]), view.k.shape[1])
+
+
+def _sums(k: Float[Array, "b n d"], number: Int[Array, "b n"], live: Bool[Array, "b n"], c: int) -> tuple[Array, Array, Array]:
+    """First row, row behind the last, and sum of the keys of each of c chunks; chunks that are not there are empty, at row n."""
+    n, row = k.shape[1], jnp.arange(k.shape[1], dtype=jnp.int32)
+    at = jnp.where(live, number, c)
+    one = lambda k, at: (
+        jnp.full((c + 1,), n, jnp.int32).at[at].min(row)[:c],
+        jnp.full((c + 1,), 0, jnp.int32).at[at].max(row + 1)[:c],
+        jnp.zeros((c + 1, k.shape[1]), jnp.float32).at[at].add(k)[:c],
+    )
+    begin, end, total = jax.vmap(one)(k, at)
+    return begin, jnp.maximum(begin, end), total
+
+
+def boundary_logits(p, k: Float[Array, "b g n d"], live: Bool[Array, "b n"]) -> Float[Array, "b n"]:
+    """How likely a chunk begins at each row, from the `width` keys before it and from it on; zeros past the ends. Higher = likelier."""
+    w, x = p["depth"].shape[0], jnp.where(live[:, None, :, None], k.astype(jnp.float32), 0.0)
+    x = jnp.moveaxis(x, 1, 2).reshape(k.shape[0], k.shape[2], -1)
+    n, x = x.shape[1], jnp.pad(x, ((0, 0), (w, w), (0, 0)))
+    y = sum(x[:, i : i + n + w] * p["depth"][i][None, None] for i in range(w)) + p["depth_bias"][None, None]
+    y = jax.nn.relu(jax.nn.relu(y) @ p["point"] + p["point_bias"][None, None])
+    left, right = y[:, :n], y[:, w : w + n]
+    lengths = jnp.linalg.norm(left, axis=-1, keepdims=True) * jnp.linalg.norm(right, axis=-1, keepdims=True)
+    near = jnp.sum(left * right, -1, keepdims=True) / jnp.maximum(lengths, 1e-8)
+    y = jnp.concatenate([left, right, jnp.abs(left - right), left * right, near], -1)
+    y = jax.nn.relu(y @ p["into"] + p["into_bias"][None, None])
+    return (y @ p["out"] + p["out_bias"][None, None])[..., 0]

@@ -1,0 +1,57 @@
+"""A layer's attention through a sparsifier's table: rows aligned, listed, attended, put back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Float32, Int
+
+from jaxtok.core.sparsifier import Sparsifier, View
+from jaxtok.ops.attention import Impl, Shared, attention
+from jaxtok.ops.block_sparse import block_sparse
+
+
+def attend(
+    method: Sparsifier | None,
+    params,
+    layer: int,
+    q: Float[Array, "b h n d"],
+    k: Float[Array, "b g n d"],
+    v: Float[Array, "b g n d"],
+    pos: Int[Array, "b n"],
+    *,
+    bias: Float32[Array, "b g n"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    impl: Impl = "auto",
+) -> tuple[Float[Array, "b h n d"], Float32[Array, "b h n"]]:
+    """Causal attention among packed rows (dead first, live last), by `method`'s table; plain where it is None or reads everything.
+
+    The table is made of rows aligned to their first live one, so what a sequence attends to does not depend on how it was padded.
+    """
+    n, see = pos.shape[1], dict[str, Any](window=window, softcap=softcap, scale=scale)
+    if method is None or method.whole(n):
+        return attention(q, k, v, q_pos=pos, k_pos=pos, bias=bias, diagonal=0, impl=impl, **see)
+    if isinstance(impl, Shared):
+        raise NotImplementedError(f"{method.name} lists the keys of whole sequences; run it on one device, or leave it out of the recipe")
+    dead = jnp.sum(pos < 0, -1, keepdims=True, dtype=jnp.int32)
+    row = jnp.arange(n, dtype=jnp.int32)[None]
+    there, back = (row + dead) % n, (row - dead) % n
+    move = lambda x, at: (
+        None
+        if x is None
+        else jnp.take_along_axis(x, at.reshape(at.shape[0], *(1,) * (x.ndim > 2), n, *(1,) * (x.ndim > 3)), 1 + (x.ndim > 2))
+    )
+    mine, keys, values, places, extra = (move(x, there) for x in (q, k, v, pos, bias))
+    look = View(jax.lax.stop_gradient(mine), jax.lax.stop_gradient(keys), places, layer, impl=impl, **see)
+    table = method.table(params, look)
+    blocks = dict[str, Any](block_q=method.block_q, block_k=method.block_k)
+    out, lse = block_sparse(mine, keys, values, table, q_pos=places, k_pos=places, bias=extra, impl=impl, **blocks, **see)
+    out, lse = move(out, back), move(lse, back)
+    tail = min(method.tail, n)
+    if not tail:
+        return out, lse
+    last = attention(q[:, :, -tail:], k, v, q_pos=pos[:, -tail:], k_pos=pos, bias=bias, diagonal=n - tail, impl=impl, **see)
+    return jnp.concatenate([out[:, :, :-tail], last[0]], 2), jnp.concatenate([lse[:, :, :-tail], last[1]], 2)

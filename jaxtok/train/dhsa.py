@@ -1,0 +1,67 @@
+"""What DHSA's boundary predictor is trained on: where attention changes, and the loss. Source: arXiv:2510.24606; xiongsiheng/DHSA, legacy/."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.core import check
+from jaxtok.methods.prefill.dhsa import boundary_logits
+from jaxtok.ops.attention import attention
+from jaxtok.ops.evidence import rows
+
+
+def ratios(
+    q: Float[Array, "b h n d"],
+    k: Float[Array, "b g n d"],
+    pos: Int[Array, "b n"],
+    *,
+    width: int = 4,
+    reach: int | None = None,
+    scale: float | None = None,
+) -> Float[Array, "b n"]:
+    """How much attention to the keys before a row differs from that to the keys from it on; 0 within 2 `width` rows of the ends.
+
+        ratio_j = (max(P, F) + 1e-6) / (min(P, F) + 1e-6),   A = attention, mean over heads
+        P = sum over queries i >= j + width - 1 of A_i,j-width + .. + A_i,j-1;   F = the same of A_ij + .. + A_i,j+width-1
+
+    Rows stand with the live ones first (core.sparsifier.View), q and k after the rotary embedding. reach: only so many queries count
+    (4096 where attention slides, in the code); None = all. The whole attention matrix is made: for prompts to train on.
+    """
+    check.count("width", width)
+    n, see = pos.shape[1], dict[str, Any](q_pos=pos, k_pos=pos, scale=scale)
+    if reach is not None:
+        check.count("reach", reach)
+    a = jnp.mean(rows(q, k, attention(q, k, k[..., :1], **see)[1], **see), 1)
+    later = jnp.flip(jnp.cumsum(jnp.flip(a, 1), 1), 1)  # of queries i and after
+    later = jnp.pad(later, ((0, 0), (0, 1), (0, 0)))
+    j = jnp.arange(n, dtype=jnp.int32)
+    begin = jnp.minimum(j + width - 1, n)
+    end = jnp.full_like(begin, n) if reach is None else jnp.minimum(begin + reach, n)
+
+    def mass(offset):
+        at = jnp.clip(j + offset, 0, n - 1)
+        return later[:, begin, at] - later[:, end, at]
+
+    past, future = (sum(mass(c + s * width) for c in range(width)) for s in (-1, 0))
+    ratio = (jnp.maximum(past, future) + 1e-6) / (jnp.minimum(past, future) + 1e-6)
+    length = jnp.sum(pos >= 0, -1, keepdims=True, dtype=jnp.int32)
+    inside = (j[None] >= 2 * width) & (j[None] <= length - 2 * width)
+    return jnp.where(inside, ratio, 0.0)
+
+
+def loss(
+    predictor, k: Float[Array, "b g n d"], live: Bool[Array, "b n"], ratio: Float[Array, "b n"], *, gamma: float = 2.0
+) -> Float[Array, ""]:
+    """Focal cross-entropy of `boundary_logits` to soft labels y = sigmoid(4 log ratio), mean over the rows that have a ratio.
+
+    p = sigmoid(logit);   loss = -y (1 - p)^gamma log p - (1 - y) p^gamma log(1 - p)
+    """
+    check.between("gamma", gamma, 0, 1e3)
+    logit = boundary_logits(predictor, k, live)
+    there = ratio > 0
+    y = jax.nn.sigmoid(4 * jnp.log(jnp.where(there, ratio, 1.0)))
+    p = jax.nn.sigmoid(logit)
+    each = -y * (1 - p) ** gamma * jax.nn.log_sigmoid(logit) - (1 - y) * p**gamma * jax.nn.log_sigmoid(-logit)
+    return jnp.sum(jnp.where(there, each, 0.0)) / jnp.maximum(jnp.sum(there), 1).astype(jnp.float32)
