@@ -64,3 +64,13 @@ class Attention(Method):
     ) -> tuple[Float[Array, "b h 1 d"], Any]:
         """The j-th attention of one more row, and the state with it."""
         raise NotImplementedError(f"{type(self).__name__} must attend step by step")
+
+    def validate(self, recipe, cfg) -> None:
+        """ValueError where it cannot work beside the recipe's other methods or in this decoder."""
+        beside = [site for site in ("layers", "cache", "policy", "reader", "heads", "edits", "sparsify") if getattr(recipe, site)]
+        if beside:
+            raise ValueError(f"{self.name} keeps a cache of its own; use it without {' and '.join(beside)} (prompt goes with it)")
+        if any(cfg.local) or cfg.mrope:
+            raise ValueError(f"{self.name} takes a decoder whose layers are global and whose rows have one rotary id, not {cfg.family}")
+        if self.token is not None and self.token >= cfg.vocab:
+            raise ValueError(f"{self.name} has token={self.token}; the vocabulary has {cfg.vocab}: give the model a row for it")

@@ -199,13 +199,6 @@ class Sparsifier(Method):
         raise NotImplementedError(f"{type(self).__name__} must make a block table")
 
 
-class Attention(Method):
-    """Site attention: a trained attention that replaces a layer's own."""
-
-    def apply(self, params, x: Float[Array, "b n c"], pos: Int[Array, "b n"], mask, state) -> tuple[Array, Any]:
-        raise NotImplementedError(f"{type(self).__name__} must attend")
-
-
 class PromptMethod(Method):
     """Site prompt: which tokens of a prompt the model gets at all, numbered anew from 0; `decode.prefill` asks it."""
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxtok.core import protocols
+from jaxtok.core.attention import Attention
 from jaxtok.core.edit import LayerEdit
 from jaxtok.core.reader import Reader
 from jaxtok.core.reducer import Reducer
@@ -17,7 +18,7 @@ _KIND = {
     "select": Reducer,
     "layers": Reducer,
     "sparsify": protocols.Sparsifier,
-    "attention": protocols.Attention,
+    "attention": Attention,
     "cache": protocols.CacheCompressor,
     "policy": protocols.CachePolicy,
     "reader": Reader,
@@ -41,7 +42,7 @@ class Recipe:
     select: Reducer | None = None
     layers: tuple[tuple[int, Reducer], ...] = ()
     sparsify: protocols.Sparsifier | None = None
-    attention: protocols.Attention | None = None
+    attention: Attention | None = None
     cache: protocols.CacheCompressor | None = None
     policy: protocols.CachePolicy | None = None
     reader: Reader | None = None
@@ -127,11 +128,10 @@ class Recipe:
             if method.trim is not None and (self.cache or self.policy or self.reader or self.heads):
                 raise ValueError(f"{method.name} trims the caches after the prefill itself; use it without cache, policy, reader and heads")
         self._validate_heads(cfg)
-        for site in ("sparsify", "attention"):
-            if getattr(self, site):
-                raise ValueError(f"the decoder does not take a method at site {site!r} yet")
-        for edit in self.edits:
-            edit.validate(self, cfg)
+        if self.sparsify:
+            raise ValueError("the decoder does not take a method at site 'sparsify' yet")
+        for method in (*self.edits, *([self.attention] if self.attention else [])):
+            method.validate(self, cfg)
         raw = (self.policy is not None and self.policy.raw) or (self.reader is not None and self.reader.raw)
         if raw and self.cache is not None and (self.cache.rotates or self.cache.reads_rotated):
             raise ValueError(f"{self.cache.name} works on rotated keys, but they are stored unrotated here; use one or the other")

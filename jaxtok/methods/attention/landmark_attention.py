@@ -47,7 +47,7 @@ class LandmarkAttention(Attention):
             check.count("token", self.token, 0)
 
     def attend(self, j: int, q, k, v, rows: Rows) -> Float[Array, "b h n d"]:
-        (b, h, n, d), e, size = q.shape, k.shape[1], self.block
+        (b, h, n, d), size = q.shape, self.block
         if not n:
             return q
         padded = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, -n % size), (0, 0)))
