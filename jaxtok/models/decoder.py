@@ -275,15 +275,15 @@ def step(
     out, carries = [], [None] * max(len(parts) for parts in layers)
     for i, (p, parts) in enumerate(zip(params["layers"], layers, strict=True)):
         q, k, v = blocks.qkv(cfg, p, x)
-        attended, kept, g = [], [], 0
+        values, kept, g = [], [], 0
         for j, part in enumerate(parts):
             heads, group = part.kv.k.shape[1], cfg.heads // cfg.kv_heads
             mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]
             o, part, carries[j] = steps.step_part(cfg, params, i, j, part, mine, live, recipe, carries[j], keep, key, evict, impl, ids)
-            attended.append(o)
+            values.append(o)
             kept.append(part)
             g += heads
-        o = attended[0] if len(attended) == 1 else jnp.concatenate(attended, 1)
+        o = values[0] if len(values) == 1 else jnp.concatenate(values, 1)
         x = blocks.mlp(cfg, p, blocks.out_proj(cfg, p, x, o))
         out.append(tuple(kept))
     return x, steps.finish(params, out, carries[0], recipe)
