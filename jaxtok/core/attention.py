@@ -23,7 +23,7 @@ class Rows(NamedTuple):
 class Attention(Method):
     """Site attention: a trained attention that replaces a decoder layer's own.
 
-    A layer may attend several times (SCOUT's mixer and checkpoints, the two sublayers of meta-tokens): `layer` puts the halves of the
+    A layer may attend several times (SCOUT's mixer and checkpoints, the two sublayers of meta-tokens): `compose` puts the halves of the
     model's layer together and calls attend(j, q, k, v) -> [b h n d] for its j-th attention, j < `times`. What j does is said twice: `attend`
     for all rows in parallel, `step` for one more row with the state that `start` begins. The composition is written once and serves both,
     and what the model knows (norms, projections, rotary embedding) stays the model's. Keys and queries arrive rotated.
@@ -43,7 +43,7 @@ class Attention(Method):
         """Learned weights of one layer."""
         return {}
 
-    def layer(self, own, half: Halves, x: Float[Array, "b n c"], attend: Callable[..., Array]) -> Float[Array, "b n c"]:
+    def compose(self, own, half: Halves, x: Float[Array, "b n c"], attend: Callable[..., Array]) -> Float[Array, "b n c"]:
         """One layer of the model."""
         return half.mlp(half.out(x, attend(0, *half.qkv(x))))
 

@@ -47,7 +47,7 @@ def prefill(
             states[j] = method.start(j, q, k, v, rows, n + new)  # type: ignore[union-attr]
             return method.attend(j, q, k, v, rows)  # type: ignore[union-attr]
 
-        x = method.layer(own[i], blocks.halves(cfg, p, turn), x, attend)  # type: ignore[union-attr]
+        x = method.compose(own[i], blocks.halves(cfg, p, turn), x, attend)  # type: ignore[union-attr]
         out.append((Part(kv, Held(), attention=tuple(states[j] for j in range(method.times))),))  # type: ignore[union-attr]
     return tokens._replace(x=put(x, back)), tuple(out)
 
@@ -144,7 +144,7 @@ def _row(cfg: Config, params, x, live, mark, layers: Layers, recipe: Recipe, imp
             o, states[j] = method.step(j, states[j], q, k, v, rows)  # type: ignore[union-attr]
             return o
 
-        x = method.layer(own[i], blocks.halves(cfg, p, turn), x, attend)  # type: ignore[union-attr]
+        x = method.compose(own[i], blocks.halves(cfg, p, turn), x, attend)  # type: ignore[union-attr]
         none = jnp.zeros((b, g, 1, 0), kv.k.dtype)
         kv = append(kv, none, none, pos, jnp.zeros((b, g, 1), jnp.float32))
         kv = kv._replace(seen=kv.seen + live[:, 0].astype(jnp.int32))

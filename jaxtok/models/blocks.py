@@ -280,7 +280,7 @@ def _attended(cfg: Config, params: Params, ids, live, method: Attention, remat: 
     def one(p, own, x):
         rows = Rows(pos, count, mark, Sight(jnp.asarray(freqs[0]), None, cfg.softcap, cfg.scale, impl))
         turn = lambda y: rotate_by(y, jnp.maximum(pos, 0), freqs[0])
-        return method.layer(own, halves(cfg, p, turn), x, lambda j, q, k, v: method.attend(j, q, k, v, rows))
+        return method.compose(own, halves(cfg, p, turn), x, lambda j, q, k, v: method.attend(j, q, k, v, rows))
 
     if stacked:
         body = lambda x, s: (one(*s, x), None)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxtok.core import check
+from jaxtok.core import check, select
 from jaxtok.core.attention import Attention, Rows
 from jaxtok.core.reader import Sight
 from jaxtok.core.reduce import gather
@@ -85,7 +85,8 @@ class CCA(Attention):
         (b, h, m, d), e = last.shape, k.shape[1]
         scale = d**-0.5 if see.scale is None else see.scale
         q = last.reshape(b, e, h // e, m, d)
-        w = jax.nn.softmax(jnp.einsum("bermd,bempd->bermp", q, k, preferred_element_type=jnp.float32) * scale, -1)
+        y = jnp.einsum("bermd,bempd->bermp", q, k, preferred_element_type=jnp.float32) * scale
+        w = jax.nn.softmax(select.finite(y), -1)
         mixed = lambda x: jnp.einsum("bermp,bempd->bermd", w, x.astype(jnp.float32)).reshape(b, h, m, -1).astype(x.dtype)
         return mixed(k), mixed(v)
 

@@ -67,7 +67,7 @@ class MetaTokens(Attention):
     def layer_params(self, key: jax.Array, cfg) -> dict[str, Array]:
         return draw_layer(cfg, key, mlp=False)
 
-    def layer(self, own, half: Halves, x: Float[Array, "b n c"], attend: Callable[..., Array]) -> Float[Array, "b n c"]:
+    def compose(self, own, half: Halves, x: Float[Array, "b n c"], attend: Callable[..., Array]) -> Float[Array, "b n c"]:
         x = half.out(x, attend(CAUSAL, *half.qkv(x)))
         more = half.using(own)
         return half.mlp(more.out(x, attend(META, *more.qkv(x))))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxtok.core import check
+from jaxtok.core import check, select
 from jaxtok.core.attention import Attention, Rows
 from jaxtok.core.layer import Halves, draw_layer
 from jaxtok.core.registry import register
@@ -53,7 +53,7 @@ class SCOUT(Attention):
     def layer_params(self, key: jax.Array, cfg) -> dict[str, Array]:
         return draw_layer(cfg, key)
 
-    def layer(self, own, half: Halves, x: Float[Array, "b n c"], attend: Callable[..., Array]) -> Float[Array, "b n c"]:
+    def compose(self, own, half: Halves, x: Float[Array, "b n c"], attend: Callable[..., Array]) -> Float[Array, "b n c"]:
         x = half.mlp(half.out(x, attend(MIXER, *half.qkv(x))))
         more = half.using(own)
         return more.mlp(more.out(x, attend(CHECKPOINTS, *more.qkv(x))))
@@ -88,6 +88,7 @@ class SCOUT(Attention):
         y = jnp.einsum("bernd,bend->bern", q.reshape(b, e, h // e, n, d), k, preferred_element_type=jnp.float32).reshape(b, h, n)
         y = y * (d**-0.5 if see.scale is None else see.scale)
         y = y if see.softcap is None else see.softcap * jnp.tanh(y / see.softcap)
+        y = select.finite(y)
         far, lse = attention(
             q, keys, values, q_pos=rows.pos, k_pos=k_pos, softcap=see.softcap, scale=see.scale, out_dtype=jnp.float32, impl=see.impl
         )
