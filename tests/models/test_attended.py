@@ -9,7 +9,7 @@ import pytest
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import generate
-from jaxtok.methods import CCA, MetaTokens, SnapKV
+from jaxtok.methods import CCA, KNorm, MetaTokens
 from jaxtok.models import blocks, decoder
 from jaxtok.testing import world
 from tests.methods.attention import run
@@ -74,7 +74,7 @@ def test_a_batch_row_is_itself_alone():
 @pytest.mark.parametrize(
     "recipe, cfg, what",
     [
-        (Recipe(attention=METHOD, cache=SnapKV(capacity=4)), CFG, "without cache"),
+        (Recipe(attention=METHOD, cache=KNorm(capacity=8)), CFG, "without cache"),
         (RECIPE, dataclasses.replace(CFG, window=4, local=(True, False)), "global"),
         (Recipe(attention=MetaTokens(token=32)), CFG, "vocabulary"),
     ],
