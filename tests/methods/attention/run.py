@@ -145,3 +145,27 @@ def exponent(method, lengths=(1024, 2048, 4096, 8192, 16384, 32768)):
         one = lambda q, k, v, n=n: [method.attend(j, q, k, v, rows(1, n)) for j in range(method.times)]
         flops.append(cost.count(one, shape, shape, shape).flops)
     return float(np.polyfit(np.log(lengths), np.log(flops), 1)[0])
+
+
+def stepwise(method, q, k, v, first, j=0):
+    """Values of the rows after `first`, one at a time, and the state at the end: the j-th attention of whole sequences."""
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    b, n = q.shape[0], q.shape[2]
+
+    @jax.jit
+    def run(q, k, v):
+        cut = lambda a, z: (x[:, :, a:z] for x in (q, k, v))
+        state = method.start(j, *cut(0, first), rows(b, first), n)
+
+        def one(state, at):
+            i, parts = at
+            here = rows(b, 1)._replace(pos=jnp.full((b, 1), 0, jnp.int32) + i, count=jnp.full((b,), 1, jnp.int32) + i)
+            out, state = method.step(j, state, *(x[:, :, None] for x in parts), here)
+            return state, out[:, :, 0]
+
+        parts = tuple(jnp.moveaxis(x, 2, 0) for x in cut(first, n))
+        state, out = jax.lax.scan(one, state, (jnp.arange(first, n, dtype=jnp.int32), parts))
+        return jnp.moveaxis(out, 0, 2), state
+
+    out, state = run(q, k, v)
+    return np.asarray(out), state

@@ -67,7 +67,11 @@ def test_the_official_outputs(data):
     for c in golden.cases(data, "cca_decode"):
         m = CCA(group=int(c["pool_size"]), window=int(c["window"]))
         np.testing.assert_allclose(run.attend(m, c["q"], c["k"], c["v"]), c["out_full"], atol=3e-5)
-        np.testing.assert_allclose(run.attend(m, c["q"], c["k"], c["v"]), c["out_prefill_then_decode"], atol=3e-5)
+        first, cores = int(c["prefill"]), c["core_k"].shape[2]
+        out, state = run.stepwise(m, c["q"], c["k"], c["v"], first)
+        np.testing.assert_allclose(out, c["out_prefill_then_decode"][:, :, first:], atol=3e-5)
+        np.testing.assert_allclose(np.asarray(state.far.k)[:, :, :cores], c["core_k"], atol=3e-5)
+        np.testing.assert_allclose(np.asarray(state.far.v)[:, :, :cores], c["core_v"], atol=3e-5)
 
 
 @pytest.mark.parametrize("method", [METHOD, CCA(group=3, window=3), CCA(group=2, window=2, pooling="max")])
