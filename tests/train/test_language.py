@@ -52,7 +52,7 @@ def test_recall_asks_what_it_told():
 )
 def test_it_trains(method):
     """A few steps on one batch lower the loss, and every weight moves."""
-    cfg = Config(vocab=14, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, hidden=16)
+    cfg = Config(vocab=14, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, hidden=16)
     params = blocks.stack(blocks.init(cfg, jax.random.key(0)))
     if method is not None:
         params = params | {"methods": Recipe(attention=method).init_params(jax.random.key(1), cfg)}
@@ -67,4 +67,7 @@ def test_it_trains(method):
     )
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.3 and 0 <= lines[-1]["accuracy"] <= 1 and not lines[-1]["skipped"]
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()) > 0, params, state.params)
+    if isinstance(method, MetaTokens):  # nobody reads what the last layer makes of rows that predict nothing
+        assert not any(jax.tree.leaves(moved["methods"]["attention"][-1]))
+        moved["methods"]["attention"] = moved["methods"]["attention"][:-1]
     assert all(jax.tree.leaves(moved))

@@ -51,7 +51,7 @@ class MetaTokens(Attention):
     to the meta-attention: the earliest keep their place, so that no later token matters. Decode and parallel pass agree while they fit.
 
     Meta-attention has a norm and q, k, v, o of its own, in `init_params`; with o = 0 the model is the plain one. Its rotary embedding is
-    that of the text (our reading: the paper does not say).
+    that of the text (our reading: the paper does not say). What the last layer's makes of them nobody reads, unless meta-tokens predict.
     """
 
     token: int | None = None
