@@ -87,7 +87,7 @@ class CCA(Attention):
         q = last.reshape(b, e, h // e, m, d)
         y = jnp.einsum("bermd,bempd->bermp", q, k, preferred_element_type=jnp.float32) * scale
         w = jax.nn.softmax(select.finite(y), -1)
-        mixed = lambda x: jnp.einsum("bermp,bempd->bermd", w, x.astype(jnp.float32)).reshape(b, h, m, -1).astype(x.dtype)
+        mixed = lambda x: jnp.einsum("bermp,bempd->bermd", w, x.astype(jnp.float32)).reshape(b, h, m, x.shape[-1]).astype(x.dtype)
         return mixed(k), mixed(v)
 
     def start(self, j: int, q, k, v, rows: Rows, slots: int) -> Cores:
