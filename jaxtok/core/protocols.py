@@ -192,13 +192,6 @@ class CachePolicy(Method):
         return kv, state
 
 
-class Attention(Method):
-    """Site attention: a trained attention that replaces a layer's own."""
-
-    def apply(self, params, x: Float[Array, "b n c"], pos: Int[Array, "b n"], mask, state) -> tuple[Array, Any]:
-        raise NotImplementedError(f"{type(self).__name__} must attend")
-
-
 class PromptMethod(Method):
     """Site prompt: which tokens of a prompt the model gets at all, numbered anew from 0; `decode.prefill` asks it."""
 

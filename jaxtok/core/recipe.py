@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from jaxtok.core import protocols
+from jaxtok.core.attention import Attention
 from jaxtok.core.edit import LayerEdit
 from jaxtok.core.reader import Reader
 from jaxtok.core.reducer import Reducer
@@ -18,7 +19,7 @@ _KIND = {
     "select": Reducer,
     "layers": Reducer,
     "sparsify": Sparsifier,
-    "attention": protocols.Attention,
+    "attention": Attention,
     "cache": protocols.CacheCompressor,
     "policy": protocols.CachePolicy,
     "reader": Reader,
@@ -42,7 +43,7 @@ class Recipe:
     select: Reducer | None = None
     layers: tuple[tuple[int, Reducer], ...] = ()
     sparsify: Sparsifier | None = None
-    attention: protocols.Attention | None = None
+    attention: Attention | None = None
     cache: protocols.CacheCompressor | None = None
     policy: protocols.CachePolicy | None = None
     reader: Reader | None = None
@@ -128,9 +129,7 @@ class Recipe:
             if method.trim is not None and (self.cache or self.policy or self.reader or self.heads):
                 raise ValueError(f"{method.name} trims the caches after the prefill itself; use it without cache, policy, reader and heads")
         self._validate_heads(cfg)
-        if self.attention:
-            raise ValueError("the decoder does not take a method at site 'attention' yet")
-        for method in (*self.edits, *((self.sparsify,) if self.sparsify else ())):
+        for method in (*self.edits, *(m for m in (self.sparsify, self.attention) if m is not None)):
             method.validate(self, cfg)
         raw = (self.policy is not None and self.policy.raw) or (self.reader is not None and self.reader.raw)
         if raw and self.cache is not None and (self.cache.rotates or self.cache.reads_rotated):

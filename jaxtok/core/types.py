@@ -80,6 +80,7 @@ class Part(NamedTuple):
     policy: Any = ()
     reader: Any = ()
     frozen: Frozen | None = None
+    attention: Any = ()  # states of a trained attention (site attention), which keeps keys of its own: those of `kv` have no channels then
 
     @property
     def pos(self) -> jax.Array:

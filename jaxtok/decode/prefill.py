@@ -91,7 +91,9 @@ def _prefill(cfg, params, ids, live, recipe: Recipe, draft, ask, ahead, **option
         look = recipe.look or 0
         ahead = None if ahead is None else ahead[:, :look]
         return prefill_lookahead(cfg, params, ids, live, recipe, draft, look=look, ahead=ahead, **options)[:2]
-    return decoder.prefill(cfg, params, decoder.embed(cfg, params, ids, live, recipe.ends), recipe, **options)
+    return decoder.prefill(
+        cfg, params, decoder.embed(cfg, params, ids, live, recipe.ends, getattr(recipe.attention, "token", None)), recipe, **options
+    )
 
 
 def _looking(cfg, params, draft, recipe: Recipe, ids, live, impl: Impl):

@@ -85,7 +85,7 @@ def listen(
     The turn attends to all of itself and of the caches, and a reader acts on the reply; one that needs to know sentences acts on both.
     """
     if layers is None or recipe.cache is not None or recipe.policy is not None:
-        tokens = decoder.embed(cfg, params, ids, live, recipe.ends)
+        tokens = decoder.embed(cfg, params, ids, live, recipe.ends, getattr(recipe.attention, "token", None))
         tokens, layers = decoder.prefill(cfg, params, tokens, recipe, new=new, layers=layers, key=key, impl=impl)
         return tokens.x[:, -1:], layers
     # in place: the caches keep their size, and slots that padding has taken are given back

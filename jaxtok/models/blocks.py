@@ -15,7 +15,7 @@ norms, rotations and logits are computed in float32.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtok.core.attention import Attention, Rows
+from jaxtok.core.layer import Halves, draw, layer_shapes
+from jaxtok.core.reader import Sight
+from jaxtok.core.recipe import Recipe
 from jaxtok.core.rotary import rotate_by
 from jaxtok.models.config import Config
 from jaxtok.ops.attention import Impl, Shared, attention
@@ -152,20 +156,6 @@ def logits(cfg: Config, params: Params, x: Float[Array, "b n c"]) -> Float[Array
 # --- whole parameters -------------------------------------------------------------------------------------------------
 
 
-def layer_shapes(cfg: Config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the arrays of one layer."""
-    c, d, f, q, kv = cfg.width, cfg.head_dim, cfg.hidden, cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    out: dict[str, tuple[int, ...]] = {"attn_norm": (c,), "q": (c, q), "k": (c, kv), "v": (c, kv), "o": (q, c)}
-    out |= {"mlp_norm": (c,), "gate": (c, f), "up": (c, f), "down": (f, c)}
-    if cfg.qkv_bias:
-        out |= {"q_bias": (q,), "k_bias": (kv,), "v_bias": (kv,)}
-    if cfg.qk_norm:
-        out |= {"q_norm": (d,), "k_norm": (d,)}
-    if cfg.sandwich:
-        out |= {"attn_post_norm": (c,), "mlp_post_norm": (c,)}
-    return out
-
-
 def shapes(cfg: Config) -> Params:
     """The tree of shapes of `params` (layers as a tuple): what `init` makes and `load` demands."""
     out: Params = {"embed": (cfg.vocab, cfg.width), "layers": tuple(layer_shapes(cfg) for _ in range(cfg.layers)), "norm": (cfg.width,)}
@@ -182,17 +172,16 @@ def init(cfg: Config, key: Array, dtype: Any = jnp.float32, *, embed_std: float 
     sqrt(2 l), norms 1, biases 0, embeddings N(0, embed_std**2) with embed_std = c**-0.5 (logits of order one when tied).
     """
 
-    def draw(key, name, shape):
-        if len(shape) == 1:
-            return jnp.full(shape, 1.0 - cfg.norm_offset if name.endswith("norm") else 0.0, dtype)
-        std = shape[0] ** -0.5 / (math.sqrt(2 * cfg.layers) if name in ("o", "down") else 1.0)
+    std = cfg.width**-0.5 if embed_std is None else embed_std
+
+    def one(key, name, shape):
         if name == "embed":
-            std = cfg.width**-0.5 if embed_std is None else embed_std
-        return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+            return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+        return draw(cfg, key, name, shape, dtype)
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(cfg), is_leaf=is_shape)
     keys = jax.random.split(key, len(leaves))
-    return tree.unflatten([draw(k, path[-1].key, shape) for k, (path, shape) in zip(keys, leaves, strict=True)])
+    return tree.unflatten([one(k, path[-1].key, shape) for k, (path, shape) in zip(keys, leaves, strict=True)])
 
 
 def stack(params: Params) -> Params:
@@ -255,12 +244,61 @@ def _layer(cfg: Config, p: Params, x: Array, pos: Array, freq: Any, window: Any,
     return mlp(cfg, p, out_proj(cfg, p, x, out))
 
 
+def halves(cfg: Config, p: Params, turn: Callable[[Array], Array]) -> Halves:
+    """A layer's halves with the weights `p`, for a method of site attention; turn(x [b e n d]) is the rows' rotary embedding."""
+
+    def rows(x):
+        q, k, v = qkv(cfg, p, x)
+        return turn(q), turn(k), v
+
+    return Halves(rows, functools.partial(out_proj, cfg, p), functools.partial(mlp, cfg, p), lambda own: halves(cfg, own, turn))
+
+
+def front(live: Bool[Array, "b n"]) -> Int[Array, "b n"]:
+    """The order of rows that puts the live ones first; the inverse is its argsort."""
+    return jnp.argsort(~live, axis=1, stable=True).astype(jnp.int32)
+
+
+def _attended(cfg: Config, params: Params, ids, live, method: Attention, remat: bool, impl: Impl) -> Array:
+    """`hidden` with a method of site attention, rows in order in between."""
+    Recipe(attention=method).validate(cfg)
+    if isinstance(impl, Shared):
+        raise NotImplementedError(f"{method.name} runs on one device; leave out impl=, or shard the batch")
+    own = params.get("methods", {}).get("attention")
+    if own is None or len(own) != cfg.layers:
+        raise ValueError(f"params['methods']['attention'] must have {cfg.layers} entries; Recipe(attention=...).init_params makes them")
+    ids, order = jnp.asarray(ids), None if live is None else front(jnp.asarray(live))
+    live = jnp.ones(ids.shape, bool) if live is None else jnp.asarray(live)
+    put = lambda x, order: x if order is None else jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), 1)
+    ids, live = put(ids, order), put(live, order)
+    pos = positions(live)
+    mark = jnp.zeros(ids.shape, bool) if method.token is None else live & (ids == method.token)
+    count, x = jnp.sum(live, -1, dtype=jnp.int32), embed(cfg, params, ids)
+    stacked = isinstance(params["layers"], dict)
+    freqs = [frequencies(cfg, i) for i in range(cfg.layers)]  # all layers are global: all the same
+
+    def one(p, own, x):
+        rows = Rows(pos, count, mark, Sight(jnp.asarray(freqs[0]), None, cfg.softcap, cfg.scale, impl))
+        turn = lambda y: rotate_by(y, jnp.maximum(pos, 0), freqs[0])
+        return method.compose(own, halves(cfg, p, turn), x, lambda j, q, k, v: method.attend(j, q, k, v, rows))
+
+    if stacked:
+        body = lambda x, s: (one(*s, x), None)
+        xs = (params["layers"], jax.tree.map(lambda *a: jnp.stack(a), *own))
+        x = jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, xs)[0]
+    else:
+        for p, mine in zip(params["layers"], own, strict=True):
+            x = (jax.checkpoint(one) if remat else one)(p, mine, x)
+    return put(x, None if order is None else jnp.argsort(order, axis=1))
+
+
 def hidden(
     cfg: Config,
     params: Params,
     ids: Int[Array | np.ndarray, "b n"],
     live: Bool[Array | np.ndarray, "b n"] | None = None,
     *,
+    method: Attention | None = None,
     remat: bool = True,
     impl: Impl = "auto",
 ) -> Float[Array, "b n c"]:
@@ -270,9 +308,12 @@ def hidden(
     dead come out finite and meaningless. Stacked layers are scanned, a tuple is unrolled; remat recomputes each layer's
     inside in the backward pass, so that memory is one residual stream a layer. impl: as in `ops.attention`; over several devices
     (`parallel.Spread`) windows must be the same in all layers or the layers a tuple.
+    method: a trained attention (site attention), with its weights in params["methods"]["attention"].
     """
     if live is not None and live.shape != ids.shape:
         raise ValueError(f"live {live.shape} must have the shape of ids {ids.shape}")
+    if method is not None:
+        return _attended(cfg, params, ids, live, method, remat, impl)
     pos = positions(jnp.ones(ids.shape, bool) if live is None else live)
     x = embed(cfg, params, ids)
     if isinstance(impl, Shared):
@@ -309,8 +350,9 @@ def forward(
     ids: Int[Array | np.ndarray, "b n"],
     live: Bool[Array | np.ndarray, "b n"] | None = None,
     *,
+    method: Attention | None = None,
     remat: bool = True,
     impl: Impl = "auto",
 ) -> Float[Array, "b n vocab"]:
     """Logits f32 of the next token at every row: `logits` of `hidden`."""
-    return logits(cfg, params, hidden(cfg, params, ids, live, remat=remat, impl=impl))
+    return logits(cfg, params, hidden(cfg, params, ids, live, method=method, remat=remat, impl=impl))

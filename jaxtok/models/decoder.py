@@ -16,8 +16,8 @@ from jaxtok.core.recipe import Recipe
 from jaxtok.core.reduce import gather
 from jaxtok.core.segments import sentences
 from jaxtok.core.select import pack
-from jaxtok.core.types import KV, Evidence, Needs, Part, Tokens
-from jaxtok.models import blocks, cached, edits, steps
+from jaxtok.core.types import KV, SPECIAL, TEXT, Evidence, Needs, Part, Tokens
+from jaxtok.models import attended, blocks, cached, edits, steps
 from jaxtok.models.config import Config
 from jaxtok.models.prune import Pruning
 from jaxtok.ops.attention import Impl, Shared
@@ -26,11 +26,19 @@ Layers = tuple[tuple[Part, ...], ...]
 PLAIN = Recipe()
 
 
-def embed(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] | None = None, ends: tuple[int, ...] = ()) -> Tokens:
+def embed(
+    cfg: Config,
+    params,
+    ids: Int[Array, "b n"],
+    live: Bool[Array, "b n"] | None = None,
+    ends: tuple[int, ...] = (),
+    special: int | None = None,
+) -> Tokens:
     """Tokens of a batch of padded prompts; `live` marks the real ones (None = all). Positions count from 0.
 
     Padding may stand anywhere: rows are packed dead first, live last, and `source` says where each token went.
     `ends`: token ids that close a sentence; the segments then number the sentences (`recipe.reader.ends` of a reader that asks for them).
+    `special`: id of the tokens of kind SPECIAL, those that a trained attention puts into the text (`recipe.attention.token`).
     """
     live = jnp.ones(ids.shape, bool) if live is None else live
     if live.shape != ids.shape:
@@ -44,7 +52,9 @@ def embed(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] 
         pos=pos,
         rope=jnp.maximum(pos, 0)[..., None],
         size=(pos >= 0).astype(jnp.float32),
-        kind=jnp.zeros(ids.shape, jnp.int8),
+        kind=jnp.zeros(ids.shape, jnp.int8)
+        if special is None
+        else jnp.where((pos >= 0) & (gather(ids, packed.index) == special), SPECIAL, TEXT).astype(jnp.int8),
         segment=none if number is None else number,
         cell=jnp.repeat(none[..., None], 2, -1),
         source=packed.assign,
@@ -56,6 +66,8 @@ def embed(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"] 
 
 def empty(cfg: Config, params, b: int, slots: int, recipe: Recipe = PLAIN) -> Layers:
     """Caches of `slots` dead slots for b sequences, in the parameters' dtype, by the recipe's head groups, with the step policy's state begun."""
+    if recipe.attention is not None:
+        return attended.empty(cfg, params, b, slots, recipe)
     dtype, group = params["embed"].dtype, cfg.heads // cfg.kv_heads
     zeros = lambda *shape: jnp.zeros(shape, jnp.int32)
     learned = params.get("methods", {})
@@ -127,6 +139,8 @@ def prefill(
         raise ValueError("pruning between layers takes a prefill of its own; continue with a recipe without `layers`")
     if isinstance(impl, Shared) and (recipe.layers or recipe.edits or recipe.sparsify):
         raise ValueError("over several devices a recipe takes no `layers`, `edits` and `sparsify`; leave them out, or run on one")
+    if recipe.attention is not None:
+        return attended.prefill(cfg, params, tokens, recipe, new=new, layers=layers, proportional=proportional, impl=impl)
     if recipe.edits and layers is None:
         return edits.prefill(cfg, params, tokens, recipe, new=new, proportional=proportional, impl=impl)
     pruning, evidence, out = Pruning(cfg, params, recipe, keep, proportional, key, impl), Evidence(), []
@@ -256,6 +270,8 @@ def step(
     it fills. Returns the rows after the last layer and the caches.
     """
     _known(keep)
+    if recipe.attention is not None:
+        return attended.step(cfg, params, x, live, layers, recipe, ids, impl)
     if recipe.policy is not None and evict and x.shape[1] > 1:
 
         def one(state, row):
@@ -267,15 +283,15 @@ def step(
     out, carries = [], [None] * max(len(parts) for parts in layers)
     for i, (p, parts) in enumerate(zip(params["layers"], layers, strict=True)):
         q, k, v = blocks.qkv(cfg, p, x)
-        attended, kept, g = [], [], 0
+        values, kept, g = [], [], 0
         for j, part in enumerate(parts):
             heads, group = part.kv.k.shape[1], cfg.heads // cfg.kv_heads
             mine = q[:, g * group : (g + heads) * group], k[:, g : g + heads], v[:, g : g + heads]
             o, part, carries[j] = steps.step_part(cfg, params, i, j, part, mine, live, recipe, carries[j], keep, key, evict, impl, ids)
-            attended.append(o)
+            values.append(o)
             kept.append(part)
             g += heads
-        o = attended[0] if len(attended) == 1 else jnp.concatenate(attended, 1)
+        o = values[0] if len(values) == 1 else jnp.concatenate(values, 1)
         x = blocks.mlp(cfg, p, blocks.out_proj(cfg, p, x, o))
         out.append(tuple(kept))
     return x, steps.finish(params, out, carries[0], recipe)

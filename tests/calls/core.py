@@ -14,6 +14,7 @@ from jaxtok.core import (
     condense,
     diverse,
     heads,
+    layer,
     matching,
     planner,
     plugins,
@@ -42,6 +43,21 @@ PLACES = ["nowhere.py", "no.such.module", "", ".", "..", "a b", "json", "/", "a\
 
 plain("core.budget.capacity")(lambda draw: (budget.capacity, (usually(draw, REALS), usually(draw, INTS)), {}))
 plain("core.budget.floored")(lambda draw: (budget.floored, (usually(draw, REALS), usually(draw, INTS)), {}))
+plain("core.layer.layer_shapes")(lambda draw: (layer.layer_shapes, (draw(st.sampled_from(DECODERS)),), {}))
+plain("core.layer.draw")(
+    lambda draw: (
+        lambda cfg, name: layer.draw(cfg, jax.random.key(0), name, (3, 2)) is None,
+        (draw(st.sampled_from(DECODERS)), draw(st.text(max_size=3))),
+        {},
+    )
+)
+plain("core.layer.draw_layer")(
+    lambda draw: (
+        lambda cfg, mlp: sorted(layer.draw_layer(cfg, jax.random.key(0), mlp)),
+        (draw(st.sampled_from(DECODERS)), draw(st.booleans())),
+        {},
+    )
+)
 plain("core.stages.schedule")(lambda draw: (lambda x: len(stages.schedule(x)), (draw(ANY),), {}))
 plain("core.check.at_least")(lambda draw: (check.at_least, ("x", usually(draw, REALS), draw(REALS)), {}))
 plain("core.check.between")(lambda draw: (check.between, ("x", usually(draw, REALS), draw(REALS), draw(REALS)), {}))
@@ -159,6 +175,7 @@ def _(draw):
 
 
 CFG = Config(vocab=8, width=8, layers=3, heads=4, kv_heads=2, head_dim=4, hidden=8, window=4)
+DECODERS = [CFG, dataclasses.replace(CFG, qk_norm=True, qkv_bias=True), dataclasses.replace(CFG, sandwich=True)]
 
 
 @plain("core.recipe.Recipe")

@@ -10,6 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from jaxtok.core import reduce, registry, vacate
+from jaxtok.core.attention import Rows
 from jaxtok.core.reader import Sight
 from jaxtok.core.sparsifier import View
 from jaxtok.core.types import Protect
@@ -258,10 +259,40 @@ def edit(make):
     return build
 
 
+def attended(make):
+    def build(s):
+        method = make(max(s.m, LEAST))
+
+        def fn(q, k, v, pos, mark):
+            rows = Rows(pos, jnp.sum(pos >= 0, -1, dtype=jnp.int32), mark, Sight(jnp.ones((1,), jnp.float32)))
+            last = rows._replace(pos=rows.count[:, None], count=rows.count + 1, mark=mark[:, :1])
+            out = []
+            for j in range(method.times):
+                state = method.start(j, q, k, v, rows, s.n + 2)
+                out += [method.attend(j, q, k, v, rows), method.step(j, state, q[:, :, :1], k[:, :, :1], v[:, :, :1], last)]
+            return out
+
+        def arrays(v):
+            live = -np.sort(-v.mask(s.b, s.n).astype(np.int32), 1)
+            pos = np.where(live, np.arange(s.n)[None], -1).astype(np.int32)
+            return {
+                "q": v.rows(s.b, s.h, s.n, s.d),
+                "k": v.rows(s.b, s.g, s.n, s.d),
+                "v": v.rows(s.b, s.g, s.n, s.d),
+                "pos": pos,
+                "mark": v.mask(s.b, s.n),
+            }
+
+        return Case(fn, arrays)
+
+    return build
+
+
 ROWS = {site: {"plan": shrink} for site in ("vit", "select", "layers")}
 USES = ROWS | {
     "edits": {"edit": edit},
     "sparsify": {"table": lists},
+    "attention": {"attend": attended},
     "prompt": {"run": shorten},
     "cache": {"compress": compress},
     "policy": {"fit": fit, "step": step},

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.core.reader import Sight
-from jaxtok.ops import attention, cache, diagnostics, evidence, landmark, near, noise, offload, read
+from jaxtok.ops import attention, banded, cache, diagnostics, evidence, landmark, near, noise, offload, read, store
 from tests.calls.cases import Case, case
 from tests.calls.values import Sizes, Values
 
@@ -177,6 +177,41 @@ def _(s):
     shape = (*s.batch, s.n, s.one(2, 5))
     arrays = lambda v: {"logit": v.floats(*shape), "seen": v.mask(*shape), "own": v.mask(*shape[:-1])}
     return Case(landmark.grouped_softmax, arrays, infinite=True)
+
+
+@case("ops.banded.banded")
+def _(s):
+    arrays = lambda v: {"q": v.rows(s.b, s.h, s.n, s.d), "k": v.rows(s.b, s.g, s.n, s.d), "v": v.rows(s.b, s.g, s.n, s.d)}
+    first = np.maximum(0, np.arange(s.n) - s.m)
+    fn = lambda q, k, v, softcap, chunk: banded.banded(q, k, v, first, softcap=softcap, chunk=chunk)
+    return Case(fn, arrays, {"softcap": s.one(None, 30.0), "chunk": s.one(128, 4)}, infinite=True)
+
+
+def begun(s, v):
+    return store.Store(v.rows(s.b, s.g, s.n, s.d), v.rows(s.b, s.g, s.n, s.d), v.positions(s.b, s.n, packed=False))
+
+
+@case("ops.store.begin")
+def _(s):
+    arrays = lambda v: {"k": v.rows(s.b, s.g, s.n, s.d), "v": v.rows(s.b, s.g, s.n, s.d), "count": v.ints(0, s.n, s.b)}
+    return Case(store.begin, arrays, {"slots": s.m})
+
+
+@case("ops.store.write")
+def _(s):
+    more = lambda v: {
+        "k": v.rows(s.b, s.g, 1, s.d),
+        "v": v.rows(s.b, s.g, 1, s.d),
+        "slot": v.ints(-1, s.n, s.b),
+        "pos": v.ints(-1, 99, s.b),
+    }
+    return Case(store.write, lambda v: {"store": begun(s, v)} | more(v))
+
+
+@case("ops.store.extend")
+def _(s):
+    more = lambda v: {"k": v.rows(s.b, s.g, 1, s.d), "v": v.rows(s.b, s.g, 1, s.d), "pos": v.ints(-1, 99, s.b)}
+    return Case(store.extend, lambda v: {"store": begun(s, v)} | more(v))
 
 
 case("ops.offload.to_host")(lambda s: Case(offload.to_host, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d)}))

@@ -24,7 +24,7 @@ def script(name, monkeypatch):
 def test_every_script_that_trains_is_counted_here():
     """A new one needs its own test below."""
     trains = {p.stem for p in FOLDER.glob("*.py") if re.search(r"\boptax\b|jaxtok\.train(?!\.compresskv)", p.read_text())}
-    assert trains == {"train_embedded", "train_lococo", "linen_example", "train_duo_gates", "train_small_vlm"}
+    assert trains == {"train_embedded", "train_lococo", "linen_example", "train_duo_gates", "train_small_vlm", "long_range"}
 
 
 def test_the_embedded_model(tmp_path, monkeypatch):
@@ -151,3 +151,24 @@ def test_the_small_vision_language_model(tmp_path, monkeypatch):
     views = 2 * m.VIEWS
     assert {x: traces.count(x) for x in traces} == {("tower", (views, 16)): 2, ("tower", (2, 9)): 2, ("whole", 0.5): 3}
     assert len((tmp_path / "checkpoints" / "metrics.jsonl").read_text().splitlines()) > 0
+
+
+def test_long_range(tmp_path, monkeypatch):
+    """One trace of the loss for the steps and one a measured length, for each system; what is done is not done again."""
+    m, traces = script("long_range", monkeypatch), []
+    make = m.language.make_loss
+
+    def counted(cfg, method, **options):
+        loss = make(cfg, method, **options)
+        return lambda *args: traces.append(args[1]["ids"].shape) or loss(*args)
+
+    monkeypatch.setattr(m.language, "make_loss", counted)
+    sizes = dict(length=80, lengths=(40,), pairs=2, asked=2, near=8, group=4, width=16, layers=2, hidden=32, batch=2, steps=2, rows=2)
+    args = m.Args(systems=("cca", "meta"), out=tmp_path, **sizes)
+    result = m.main(args)
+    assert sorted(traces) == sorted([(2, 80), (1, 40), (1, 80), (2, 88), (1, 44), (1, 88)])
+    for row in result["systems"].values():
+        assert [x["length"] for x in row["lengths"]] == [40, 80] and all(x["flops"] > 0 and 0 <= x["accuracy"] <= 1 for x in row["lengths"])
+    assert m.main(args) == result and len(traces) == 6
+    full = m.count(*m.system("full", args))
+    assert all(abs(m.count(*m.system(name, args)) - full) <= 0.1 * full for name in m.SYSTEMS)

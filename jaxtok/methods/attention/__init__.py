@@ -1,0 +1,1 @@
+"""Trained attentions that replace a layer's own."""

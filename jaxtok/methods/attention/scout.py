@@ -1,0 +1,95 @@
+"""SCOUT. Source: arXiv:2509.00935; ArefJafari/SCOUT, model/scout_swa/{modeling,configuration}_scout_swa.py."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxtok.core import check, select
+from jaxtok.core.attention import Attention, Rows
+from jaxtok.core.layer import Halves, draw_layer
+from jaxtok.core.registry import register
+from jaxtok.ops.attention import attention, merge
+from jaxtok.ops.banded import banded
+from jaxtok.ops.store import Store, begin, extend, write
+
+MIXER, CHECKPOINTS = 0, 1
+
+
+@register(
+    "scout",
+    site="attention",
+    paper="arXiv:2509.00935",
+    title="SCOUT: Toward Sub-Quadratic Attention via Segment Compression for Optimized Utility in Transformers",
+    authors="Aref Jafari and Yuhe Fan and Benyamin Jamialahmadi and Parsa Farinneya and Boxing Chen and Marzieh S. Tahaei",
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SCOUT(Attention):
+    """Mix near tokens in a sliding window, then attend to one token a segment.
+
+        layer: x += window attention(norm x);  x += MLP(norm x);  x += checkpoint attention(norm x);  x += MLP(norm x)
+        window attention: query i sees the keys j with 0 <= i - j < window
+        checkpoint attention: query i sees itself and the checkpoints c < i among segment - 1, 2 segment - 1, ..., at their own positions
+
+    A checkpoint is the last token of its segment as the mixer has left it; nothing is pooled and no weight compresses. The second half of
+    the layer (checkpoint attention, MLP) has weights of its own, named as a layer's, in `init_params`; the first is the model's layer. A
+    layer costs O(n window + n^2 / segment); a decode step holds `window` keys of the mixer and a key a segment: a key that is no
+    checkpoint is used once, by its own token. segment = 1 makes the checkpoint attention plain causal attention; window >= n, the mixer.
+
+    Defaults of the released configurations (the class's own segment is 50). The paper's other mixer, Mamba, is not built.
+    """
+
+    segment: int = 10
+    window: int = 1024
+    times = 2
+
+    def __post_init__(self):
+        check.count("segment", self.segment)
+        check.count("window", self.window)
+
+    def layer_params(self, key: jax.Array, cfg) -> dict[str, Array]:
+        return draw_layer(cfg, key)
+
+    def compose(self, own, half: Halves, x: Float[Array, "b n c"], attend: Callable[..., Array]) -> Float[Array, "b n c"]:
+        x = half.mlp(half.out(x, attend(MIXER, *half.qkv(x))))
+        more = half.using(own)
+        return more.mlp(more.out(x, attend(CHECKPOINTS, *more.qkv(x))))
+
+    def attend(self, j: int, q, k, v, rows: Rows) -> Float[Array, "b h n d"]:
+        n, s, see = q.shape[2], self.segment, rows.see
+        if j == MIXER:
+            first = np.maximum(0, np.arange(n) - self.window + 1)
+            return banded(q, k, v, first, softcap=see.softcap, scale=see.scale)[0].astype(q.dtype)
+        pos = jnp.asarray(np.arange(s - 1, n, s) + 1, jnp.int32)[None]  # later tokens see it: the token itself is there already
+        return self._read(q, k, v, k[:, :, s - 1 :: s], v[:, :, s - 1 :: s], jnp.broadcast_to(pos, (q.shape[0], pos.shape[1])), rows)
+
+    def start(self, j: int, q, k, v, rows: Rows, slots: int) -> Store:
+        n, s, count = k.shape[2], self.segment, rows.count
+        if j == MIXER:
+            return begin(k, v, count, max(1, min(self.window, slots)))
+        state = begin(k[:, :, s - 1 :: s], v[:, :, s - 1 :: s], jnp.minimum(count, n) // s, max(1, slots // s))
+        return state._replace(pos=jnp.where(state.pos < 0, -1, (state.pos + 1) * s))
+
+    def step(self, j: int, state: Store, q, k, v, rows: Rows) -> tuple[Float[Array, "b h 1 d"], Store]:
+        s, see, pos = self.segment, rows.see, rows.pos[:, 0]
+        if j == MIXER:
+            state = extend(state, k, v, pos)
+            out, _ = attention(q, state.k, state.v, q_pos=rows.pos, k_pos=state.pos, softcap=see.softcap, scale=see.scale, impl=see.impl)
+            return out, state
+        out = self._read(q, k, v, state.k, state.v, state.pos, rows)
+        return out, write(state, k, v, jnp.where((pos >= 0) & ((pos + 1) % s == 0), pos // s, -1), pos + 1)
+
+    def _read(self, q, k, v, keys, values, k_pos, rows: Rows) -> Float[Array, "b h n d"]:
+        """Attention of each row to itself and to those of `keys` whose k_pos is at most its own."""
+        (b, h, n, d), e, see = q.shape, k.shape[1], rows.see
+        y = jnp.einsum("bernd,bend->bern", q.reshape(b, e, h // e, n, d), k, preferred_element_type=jnp.float32).reshape(b, h, n)
+        y = y * (d**-0.5 if see.scale is None else see.scale)
+        y = y if see.softcap is None else see.softcap * jnp.tanh(y / see.softcap)
+        y = select.finite(y)
+        far, lse = attention(
+            q, keys, values, q_pos=rows.pos, k_pos=k_pos, softcap=see.softcap, scale=see.scale, out_dtype=jnp.float32, impl=see.impl
+        )
+        return merge(jnp.repeat(v, h // e, 1).astype(jnp.float32), y, far, lse)[0].astype(q.dtype)

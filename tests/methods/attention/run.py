@@ -1,0 +1,171 @@
+"""A small model with a trained attention, and what every such attention must do."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtok.core.attention import Rows
+from jaxtok.core.reader import Sight
+from jaxtok.core.recipe import Recipe
+from jaxtok.decode import replay
+from jaxtok.evals import cost
+from jaxtok.models import blocks, decoder
+from jaxtok.testing import world
+from jaxtok.train import language
+
+CFG = world.CFG
+
+
+def rows(b, n, mark=None, count=None):
+    count = jnp.full((b,), n, jnp.int32) if count is None else jnp.asarray(count, jnp.int32)
+    at = jnp.arange(n, dtype=jnp.int32)[None]
+    pos = jnp.where(at < count[:, None], at, -1)
+    mark = jnp.zeros((b, n), bool) if mark is None else jnp.asarray(mark)
+    return Rows(pos, count, mark, Sight(jnp.ones((1,), jnp.float32)))
+
+
+@functools.cache
+def attender(method, j=0):
+    return jax.jit(lambda q, k, v, mark: method.attend(j, q, k, v, rows(q.shape[0], q.shape[2], mark)))
+
+
+def attend(method, q, k, v, j=0, mark=None):
+    """Values [b h n d] of the j-th attention of whole sequences."""
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    mark = jnp.zeros((q.shape[0], q.shape[2]), bool) if mark is None else jnp.asarray(mark)
+    return np.asarray(attender(method, j)(q, k, v, mark))
+
+
+def arrays(b=2, h=4, g=2, n=23, d=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return tuple(rng.normal(size=(b, e, n, d)) * size for e, size in ((h, 2.0), (g, 1.0), (g, 1.0)))
+
+
+def dense(q, k, v, see):
+    """Softmax attention in float64 over the keys that see [n n] (or [b 1 n n]) marks; rows that see nothing give 0."""
+    k, v = (np.repeat(x, q.shape[1] // k.shape[1], 1) for x in (k, v))
+    y = np.where(see, np.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1]), -np.inf)
+    top = y.max(-1, keepdims=True)
+    w = np.exp(y - np.where(np.isfinite(top), top, 0.0))
+    total = w.sum(-1, keepdims=True)
+    return np.einsum("bhij,bhjd->bhid", w / np.where(total > 0, total, 1.0), v)
+
+
+def causal(n):
+    return np.tril(np.ones((n, n), bool))
+
+
+# --- the model ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def model(method):
+    params, ids, force = world.world()
+    return params | {"methods": Recipe(attention=method).init_params(jax.random.key(5), CFG)}, jnp.concatenate([ids, force], 1)
+
+
+@functools.cache
+def program(method, remat=False):
+    return jax.jit(lambda params, ids, live: blocks.forward(CFG, params, ids, live, method=method, remat=remat))
+
+
+def decode_is_parallel(method, ids=None, live=None):
+    """Prefill of a padded prompt and a token at a time against the parallel pass; so do stacked layers, and caches begun empty."""
+    params, known = model(method)
+    ids = known if ids is None else ids
+    b, n = ids.shape
+    split = world.N
+    live = np.ones((b, n), bool) if live is None else live
+    live = live & np.concatenate([world.LIVE, np.ones((b, n - split), bool)], 1)
+    recipe = Recipe(attention=method)
+    recipe.validate(CFG)
+    want = np.asarray(program(method)(params, ids, jnp.asarray(live)))
+
+    @jax.jit
+    def run(params, ids, live):
+        tokens = decoder.embed(CFG, params, ids[:, :split], live[:, :split], special=method.token)
+        tokens, layers = decoder.prefill(CFG, params, tokens, recipe, new=n - split)
+        first = decoder.logits(CFG, params, tokens.x)
+        return first, *replay(CFG, params, tokens, layers, ids[:, split:], recipe)
+
+    first, out, layers = run(params, ids, jnp.asarray(live))
+    got = np.moveaxis(np.asarray(out), 0, 1)
+    np.testing.assert_allclose(got, want[:, split - 1 : n - 1], atol=2e-5)
+    np.testing.assert_array_equal(np.asarray(layers[0][0].kv.seen), live.sum(1))
+    for row, count in enumerate(world.LENGTHS):
+        np.testing.assert_allclose(np.asarray(first)[row, split - count :], want[row, split - count : split], atol=2e-5)
+
+    stacked = np.asarray(program(method, True)(blocks.stack(params), ids, jnp.asarray(live)))
+    np.testing.assert_allclose(np.where(live[..., None], stacked, 0), np.where(live[..., None], want, 0), atol=2e-5)
+
+    @jax.jit
+    def alone(params, ids):
+        layers = decoder.empty(CFG, params, b, n, recipe)
+        x, layers = decoder.step(CFG, params, blocks.embed(CFG, params, ids), jnp.ones(ids.shape, bool), layers, recipe, ids=ids)
+        return decoder.logits(CFG, params, x), layers
+
+    got, layers = alone(params, ids)
+    np.testing.assert_allclose(np.asarray(got), np.asarray(program(method)(params, ids, None)), atol=2e-5)
+    assert not np.asarray(layers[0][0].kv.lost).any()
+
+
+def later_tokens_do_not_matter(method):
+    params, ids = model(method)
+    out, n = np.asarray(program(method)(params, ids, None)), ids.shape[1]
+    for at in (3, n // 2, n - 2):
+        other = ids.at[:, at:].set((ids[:, at:] + 1 + jnp.arange(n - at)[None] % 5) % CFG.vocab)
+        np.testing.assert_array_equal(np.asarray(program(method)(params, other, None))[:, :at], out[:, :at])
+
+
+def gradients_are_right(method, ids=None):
+    """Of the training loss along a random direction in all weights, against a central difference."""
+    params, known = model(method)
+    loss = language.make_loss(CFG, method)
+    batch = language.text(known if ids is None else ids)
+    value = jax.jit(lambda p: loss(p, batch, None)[0])
+    grad = jax.jit(jax.grad(lambda p: loss(p, batch, None)[0]))(params)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    way = tree.unflatten([jax.random.normal(k, x.shape, x.dtype) * 0.1 for k, x in zip(keys, leaves, strict=True)])
+    move = lambda e: float(value(jax.tree.map(lambda p, w: p + e * w, params, way)))
+    along = sum(float(jnp.sum(a * b)) for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(way), strict=True))
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(grad))
+    np.testing.assert_allclose((move(2e-3) - move(-2e-3)) / 4e-3, along, rtol=0.03, atol=2e-4)
+    return grad
+
+
+def exponent(method, lengths=(1024, 2048, 4096, 8192, 16384, 32768)):
+    """Of FLOPs of the attention operators alone, fitted over n; one head of 64 channels."""
+    flops = []
+    for n in lengths:
+        shape = jax.ShapeDtypeStruct((1, 1, n, 64), jnp.float32)
+        one = lambda q, k, v, n=n: [method.attend(j, q, k, v, rows(1, n)) for j in range(method.times)]
+        flops.append(cost.count(one, shape, shape, shape).flops)
+    return float(np.polyfit(np.log(lengths), np.log(flops), 1)[0])
+
+
+def stepwise(method, q, k, v, first, j=0):
+    """Values of the rows after `first`, one at a time, and the state at the end: the j-th attention of whole sequences."""
+    q, k, v = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    b, n = q.shape[0], q.shape[2]
+
+    @jax.jit
+    def run(q, k, v):
+        cut = lambda a, z: (x[:, :, a:z] for x in (q, k, v))
+        state = method.start(j, *cut(0, first), rows(b, first), n)
+
+        def one(state, at):
+            i, parts = at
+            here = rows(b, 1)._replace(pos=jnp.full((b, 1), 0, jnp.int32) + i, count=jnp.full((b,), 1, jnp.int32) + i)
+            out, state = method.step(j, state, *(x[:, :, None] for x in parts), here)
+            return state, out[:, :, 0]
+
+        parts = tuple(jnp.moveaxis(x, 2, 0) for x in cut(first, n))
+        state, out = jax.lax.scan(one, state, (jnp.arange(first, n, dtype=jnp.int32), parts))
+        return jnp.moveaxis(out, 0, 2), state
+
+    out, state = run(q, k, v)
+    return np.asarray(out), state
