@@ -1,0 +1,1 @@
+"""Trained attention that replaces a layer's own."""
