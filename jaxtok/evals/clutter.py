@@ -55,10 +55,8 @@ def batch(digits: Digits, seed: int, count: int, *, start: int = 0, bend: float 
     return Batch(((pixels - np.float32(MEAN)) / np.float32(STD))[..., None], digits.label[which].astype(np.int32))
 
 
-def test_set(folder: str | os.PathLike[str] | None = None) -> Batch:
+def held_out(folder: str | os.PathLike[str] | None = None) -> Batch:
     """The 1,000 canvases to test on: digits never trained on, seed 0, always the same."""
     digits = load("unseen", folder)
     return batch(digits, 0, len(digits.label), shuffle=False)
 
-
-test_set.__test__ = False  # type: ignore[attr-defined]  (pytest would take it for a test)
