@@ -47,27 +47,27 @@ def route(q: Float[Array, "b r p c"], k: Float[Array, "b r p c"], there: Bool[Ar
 def regional(
     q: Float[Array, "b r p h d"],
     k: Float[Array, "b s o h d"],
-    v: Float[Array, "b s o h d"],
+    v: Float[Array, "b s o h e"],
     there: Bool[Array, "b s o"],
-    graph: Int[Array, "b e r m"],
+    graph: Int[Array, "b f r m"],
     scale: float,
     share: Float[Array, "b r m"] | None = None,
-) -> Float[Array, "b r p h d"]:
-    """Each region's queries attend to the live cells of the regions that `graph` lists for it (e = 1: for all heads alike, or h lists).
+) -> Float[Array, "b r p h e"]:
+    """Each region's queries attend to the live cells of the regions that `graph` lists for it (f = 1: for all heads alike, or h lists).
 
     share: factor of the keys and values of a listed region. A query that sees no cell gets 0. Logits and softmax are float32."""
-    b, r, p, h, d = q.shape
+    b, r, _, h, _ = q.shape
     m, o = graph.shape[3], k.shape[2]
 
     def listed(x: Array, by: Array) -> Array:  # [b s o f ...], [b f r m] -> [b f r m*o ...]
         picked = jax.vmap(jax.vmap(lambda a, i: a[i], (2, 0)))(x, by)
         return picked.reshape(b, by.shape[1], r, m * o, *x.shape[4:])
 
-    def heads(x: Array) -> Array:  # [b s o h d] -> [b h r m*o d]
+    def heads(x: Array) -> Array:  # [b s o h .] -> [b h r m*o .]
         if graph.shape[1] == h:
             return listed(x, graph)
-        flat = listed(x.reshape(b, *x.shape[1:3], 1, h * d), graph)[:, 0]
-        return jnp.moveaxis(flat.reshape(b, r, m * o, h, d), 3, 1)
+        flat = listed(x.reshape(b, *x.shape[1:3], 1, h * x.shape[4]), graph)[:, 0]
+        return jnp.moveaxis(flat.reshape(b, r, m * o, h, -1), 3, 1)
 
     if share is not None:
         factor = jnp.repeat(share, o, -1)[:, None, :, :, None].astype(k.dtype)
@@ -75,7 +75,7 @@ def regional(
     else:
         keys, values = heads(k), heads(v)
     there = jnp.broadcast_to(there[..., None], (*there.shape, graph.shape[1]))
-    seen = listed(there, graph)[:, :, :, None]  # [b e r 1 m*o]
+    seen = listed(there, graph)[:, :, :, None]  # [b f r 1 m*o]
     logit = scale * jnp.einsum("brphd,bhrsd->bhrps", q, keys, preferred_element_type=jnp.float32)
     prob = jnp.where(seen, jax.nn.softmax(jnp.where(seen, logit, LOW), -1), 0.0)
     return jnp.einsum("bhrps,bhrsd->brphd", prob.astype(values.dtype), values)
