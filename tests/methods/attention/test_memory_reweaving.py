@@ -9,7 +9,7 @@ from jaxtok.methods import MemoryReweaving
 from jaxtok.methods.attention.memory_reweaving import capture, reweave
 from tests.methods.attention.layers import config, full, layer, normal, slope, softmax
 
-small = lambda n: MemoryReweaving(layers=(0,), slots=4)  # noqa: E731
+small = lambda n: MemoryReweaving(layers=(0,), slots=4)
 
 
 def remembered(x, live, slots):
@@ -66,7 +66,7 @@ def test_a_closed_gate_and_no_slots_are_the_base_model(method):
     params = method.init_params(jax.random.key(0), config(2, 3, 3))
     out, _ = mixed(method, params, normal(3, 3, 2, 5, 6), live)
     assert max(np.abs(x).max() for x in out) < 1e-5
-    assert method.layers and method.slots or params == ({}, {}, {})
+    assert (method.layers and method.slots) or params == ({}, {}, {})
 
 
 def test_dead_rows_are_not_remembered():
