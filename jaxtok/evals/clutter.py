@@ -59,4 +59,3 @@ def held_out(folder: str | os.PathLike[str] | None = None) -> Batch:
     """The 1,000 canvases to test on: digits never trained on, seed 0, always the same."""
     digits = load("unseen", folder)
     return batch(digits, 0, len(digits.label), shuffle=False)
-

@@ -216,7 +216,9 @@ class _Run:
         block, evidence = encoder.attend(cfg, p, i, inner, needs, *opts, probs, normed)
         if self.recipe.attention is not None:
             if places["ahead"] or needs._replace(**dict.fromkeys(OWN, False), weights=()) != Needs():
-                raise ValueError(f"{self.recipe.attention.name} attends here: there is no attention matrix to reduce or to take {needs} from")
+                raise ValueError(
+                    f"{self.recipe.attention.name} attends here: there is no attention matrix to reduce or to take {needs} from"
+                )
             learned = self.params.get("methods", {}).get("attention", ())
             mixed = encoder.mixed(cfg, p, i, inner, self.recipe, learned, self.mixed, self.proportional, self.impl, normed)
             block, self.mixed = (block, self.mixed) if mixed is None else mixed

@@ -22,7 +22,7 @@ from jaxtok.models.config import EncoderConfig
 from jaxtok.models.vit import PLAIN
 
 
-def logits(cfg: EncoderConfig, params, batch: Mapping[str, Array], recipe: Recipe = PLAIN, **options: Any) -> Float[Array, "b out"]:
+def logits(cfg: EncoderConfig, params, batch: Mapping[str, Any], recipe: Recipe = PLAIN, **options: Any) -> Float[Array, "b out"]:
     """Of {"images": [b y x ch]}, or of {"ids": i32 [b n], "live": bool [b n]}; options as `vit.encode`."""
     if cfg.vocab is not None:
         tokens = vit.embed_text(cfg, params, batch["ids"], batch["live"])

@@ -41,11 +41,12 @@ def begin(cfg, recipe):
 
 def test_loss_by_hand():
     params, batch = begin(IMAGES, Recipe()), pictures()
-    said = np.asarray(logits(IMAGES, params, batch), np.float64)
+    there = jax.tree.map(jnp.asarray, batch)
+    said = np.asarray(logits(IMAGES, params, there), np.float64)
     log = said - np.log(np.exp(said).sum(1, keepdims=True))
     for smooth in (0.0, 0.1):
         want = np.mean(-(1 - smooth) * log[np.arange(16), batch["label"]] - smooth * log.mean(1))
-        loss, metrics = make_loss(IMAGES, smooth=smooth)(params, jax.tree.map(jnp.asarray, batch), None)
+        loss, metrics = make_loss(IMAGES, smooth=smooth)(params, there, None)
         np.testing.assert_allclose(loss, want, rtol=1e-5)
     hits = said.argmax(1) == batch["label"]
     assert float(metrics["right"]) == hits.mean() and np.array_equal(right(IMAGES, params, batch, size=8), hits)

@@ -134,7 +134,7 @@ def test_merge(ratio, n):
     live = np.arange(n) >= np.array([[0], [2]])
     tokens = rows(x, special=0, live=live, size=np.random.default_rng(0).integers(1, 4, (2, n)))
     method = MAELREMerge(ratio=ratio)
-    plan = method.plan({}, (), tokens, Evidence(keys=jnp.asarray(metric)[:, None]))[1]
+    plan = method.plan({}, method.start({}, tokens), tokens, Evidence(keys=jnp.asarray(metric)[:, None]))[1]
     out = reduce(plan, tokens)
     assert out.x.shape[1] == method.count(n, n)
     np.testing.assert_allclose(out.size.sum(1), tokens.size.sum(1))
@@ -146,7 +146,9 @@ def test_merge(ratio, n):
 
 def test_special_rows_stay():
     tokens = rows(normal(0, 1, 9, 4), special=1)
-    out = reduce(MAELREMerge(special=1).plan({}, (), tokens, Evidence(keys=jnp.asarray(normal(1, 1, 1, 9, 4))))[1], tokens)
+    method = MAELREMerge(special=1)
+    plan = method.plan({}, method.start({}, tokens), tokens, Evidence(keys=jnp.asarray(normal(1, 1, 1, 9, 4))))[1]
+    out = reduce(plan, tokens)
     assert out.x.shape[1] == 5 and (np.asarray(out.kind) == SPECIAL).sum() == 1
 
 
