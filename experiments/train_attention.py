@@ -46,12 +46,12 @@ SYSTEMS = {
     "clutter": {
         "full": Recipe(),
         "biformer": Recipe(attention=BiFormer()),
-        "maelre": maelre(LAYERS, stages=3, switch=128, landmarks=32),
+        "maelre": maelre(LAYERS, stages=3),
     },
     "recall": {
         "full": Recipe(),
         "ponet": Recipe(attention=PoNet(segments=8)),
-        "maelre": maelre(LAYERS, stages=2, switch=64, landmarks=32),
+        "maelre": maelre(LAYERS, stages=2),
         "memory_reweaving": Recipe(attention=MemoryReweaving(layers=(0, 1, 2), slots=16)),
     },
 }

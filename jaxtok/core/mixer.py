@@ -43,6 +43,10 @@ class Mixer(Attention):
         """Learned weights of 0-based layer `i` of a model of configuration `cfg` (width, heads, head_dim)."""
         return {}
 
+    def validate(self, recipe, cfg) -> None:
+        """ValueError: a decoder asks whether it can take this method."""
+        raise ValueError(f"{self.name} lets all rows see each other: it attends in an encoder (models.vit), not in a decoder")
+
     def mix(self, params: dict[str, Array], state: Any, i: int, layer: Layer) -> tuple[Array, Any]:
         """(what the attention block of 0-based layer `i` adds to the rows [b n c], the state for the next layer).
 

@@ -1,4 +1,4 @@
-"""MAELRE. Source: arXiv:2507.19409 (Parag and Elgammal); no official code. From the abstract; what it leaves open is our reading."""
+"""MAELRE. Source: arXiv:2507.19409 (Parag and Elgammal); no official code. What its abstract and figure leave open is our reading."""
 
 import dataclasses
 from typing import ClassVar
@@ -94,33 +94,35 @@ def approximate(
 class MAELRE(Mixer):
     """Approximate attention while the sequence is long, exact attention once merging has made it short.
 
-        n > switch (static number of rows): kind, with m = `landmarks` segment means k~, q~, v~ and their sizes s~
+        n > switch (static number of rows): by `kind`, with m = `landmarks` segment means k~, q~, v~ and their sizes s~
+          "linear"   f(q) (f(k)^T s v) / (f(q) f(k)^T s),   f(x) = elu(x) + 1;  landmarks are not used
           "nystrom"  softmax(q k~^T + log s~) softmax(q~ k~^T + log s~)^+ softmax(q~ k^T + log s) v,   logits / sqrt(d)
           "pooled"   softmax(q k~^T + log s~) v~
-          "linear"   f(q) (f(k)^T s v) / (f(q) f(k)^T s),   f(x) = elu(x) + 1;  landmarks are not used
         n <= switch: the layer's own attention (softmax; the log of sizes by the model's `proportional`)
 
-    Our reading: the abstract names neither the approximation, nor the merge, nor the sizes; the defaults are ours and no figure of the
-    paper can be claimed. The pseudo-inverse is iterated `rounds` times. Segments are runs of live rows as they stand in memory (merging
+    The paper approximates while there are more rows than channels, by a matrix of channels by channels, and is exact from then on: switch=None
+    is the width, "linear" the kind whose matrix is of that shape. Our reading: which approximation and which merge; the defaults are ours, and
+    no figure of the paper is claimed. The pseudo-inverse is iterated `rounds` times. Segments are runs of live rows as they stand in memory (merging
     reorders them), each row weighted by its size. Costs 2 n m d a head and product; m^3 for the inverse.
 
     switch >= n: the layer's own attention, everywhere. m = number of live rows: "pooled" is exact attention; "nystrom" is it too, as far as
     the inverse has converged. Dead rows count nowhere and give 0. ValueError: an unknown kind, a size < 1.
     """
 
-    switch: int = 512
+    switch: int | None = None
     landmarks: int = 64
-    kind: str = "nystrom"
+    kind: str = "linear"
     rounds: int = 6
 
     def __post_init__(self):
-        check.count("switch", self.switch, 0)
+        if self.switch is not None:
+            check.count("switch", self.switch, 0)
         check.count("landmarks", self.landmarks)
         check.count("rounds", self.rounds, 1, 1000)
         check.one_of("kind", self.kind, ("nystrom", "pooled", "linear"))
 
     def mix(self, params: dict[str, Array], state, i: int, layer: Layer) -> tuple[Array, tuple[()]]:
-        if layer.q.shape[2] <= self.switch:
+        if layer.q.shape[2] <= (layer.x.shape[2] if self.switch is None else self.switch):
             return layer.out(layer.attend(layer.q, layer.k, layer.v)), ()
         size = jnp.where(layer.pos >= 0, layer.size, 0.0)
         out = approximate(layer.q, layer.k, layer.v, size, kind=self.kind, landmarks=self.landmarks, rounds=self.rounds)
@@ -167,7 +169,14 @@ class MAELREMerge(Reducer):
 
 
 def maelre(
-    layers: int, *, stages: int = 3, ratio: float = 0.5, special: int = 0, switch: int = 512, landmarks: int = 64, kind: str = "nystrom"
+    layers: int,
+    *,
+    stages: int = 3,
+    ratio: float = 0.5,
+    special: int = 0,
+    switch: int | None = None,
+    landmarks: int = 64,
+    kind: str = "linear",
 ) -> Recipe:
     """The recipe of an encoder of `layers` layers in `stages` stages of nearly the same length: the first layer of each stage but the
     first merges behind its attention. Call `vit.encode(..., proportional=True)`. Three stages and a half each are ours."""

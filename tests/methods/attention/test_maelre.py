@@ -16,7 +16,7 @@ from tests.methods.attention.layers import config, exponent, full, layer, normal
 from tests.methods.vision.toyrows import rows
 
 small = {
-    "maelre.attention": lambda n: MAELRE(switch=4, landmarks=3),
+    "maelre.attention": lambda n: MAELRE(switch=4, landmarks=3, kind="nystrom"),
     "maelre.attention:pooled": lambda n: MAELRE(switch=4, landmarks=3, kind="pooled"),
     "maelre.attention:linear": lambda n: MAELRE(switch=4, kind="linear"),
     "maelre.vit": lambda n: MAELREMerge(ratio=max(n / 16, 0.5), special=1),
@@ -87,10 +87,12 @@ def test_as_many_landmarks_as_rows_are_exact(kind):
 
 
 def test_short_sequences_get_their_own_attention():
+    """The switch is the width where nothing else is said."""
     q, k, v = (normal(i, 1, 2, 9, 4) for i in range(3))
     one = lambda switch: MAELRE(switch=switch, landmarks=2).mix({}, (), 0, layer(q, k, v))[0]
     np.testing.assert_allclose(one(9), full(q, k, v), atol=1e-5)
     assert np.abs(np.asarray(one(8)) - full(q, k, v)).max() > 1e-3
+    np.testing.assert_allclose(one(None), one(8), atol=0)  # nine rows, eight channels
 
 
 def test_inverse():
