@@ -219,7 +219,7 @@ def test_nchw(data):
         if int(c["side_dwconv"]):
             kernel = jnp.asarray(np.moveaxis(c["w_lepe.weight"], (0, 1), (3, 2)))
             out = out + enhance(v, kernel, jnp.asarray(c["w_lepe.bias"]), (rows, cols))
-        close(np.asarray(out @ square("output_linear").T + c["w_output_linear.bias"]).reshape(x.shape), np.moveaxis(c["out"], 1, -1))
+        close((np.asarray(out) @ square("output_linear").T + c["w_output_linear.bias"]).reshape(x.shape), np.moveaxis(c["out"], 1, -1))
 
 
 def test_lists_of_heads(data):
