@@ -118,6 +118,8 @@ def merged(metric, x, size, ratio):
     """Half-up share of the rows stays: the even rows most like an odd one join it."""
     n = len(x)
     go = n - int(np.floor(ratio * n + 0.5))
+    if ratio == 1:  # rows stay where they are
+        return x, size
     unit = metric / np.linalg.norm(metric, axis=1, keepdims=True)
     best = {i: max((unit[i] @ unit[j], -j) for j in range(1, n, 2)) for i in range(0, n, 2)}
     gone = sorted(best, key=lambda i: (-best[i][0], i))[:go]
