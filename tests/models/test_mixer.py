@@ -69,7 +69,7 @@ def test_parameters_are_a_dict_a_layer():
 def test_padding_of_a_text(method):
     """What stands in padding does not matter; a batch of one gives what the row gives in a batch."""
     ids = jax.random.randint(jax.random.key(3), (2, 12), 0, 32)
-    live = jnp.arange(12) < jnp.asarray([[12], [7]])
+    live = jnp.arange(12)[None] < jnp.asarray([[12], [7]])
     recipe = Recipe(attention=method)
     of = lambda ids, live: lambda cfg, p: vit.embed_text(cfg, p, ids, live)
     out = forward(TEXT, recipe, of(ids, live))
