@@ -1,13 +1,14 @@
 """Which method acts at which site."""
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
 from jaxtok.core import protocols
 from jaxtok.core.attention import Attention
 from jaxtok.core.edit import LayerEdit
+from jaxtok.core.mixer import Mixer
 from jaxtok.core.reader import Reader
 from jaxtok.core.reducer import Reducer
 from jaxtok.core.sparsifier import Sparsifier
@@ -19,7 +20,7 @@ _KIND = {
     "select": Reducer,
     "layers": Reducer,
     "sparsify": Sparsifier,
-    "attention": Attention,
+    "attention": Attention | Mixer,
     "cache": protocols.CacheCompressor,
     "policy": protocols.CachePolicy,
     "reader": Reader,
@@ -43,7 +44,7 @@ class Recipe:
     select: Reducer | None = None
     layers: tuple[tuple[int, Reducer], ...] = ()
     sparsify: Sparsifier | None = None
-    attention: Attention | None = None
+    attention: Attention | Mixer | None = None
     cache: protocols.CacheCompressor | None = None
     policy: protocols.CachePolicy | None = None
     reader: Reader | None = None
@@ -60,7 +61,7 @@ class Recipe:
             entries = tuple(m for _, m in value) if field in ("vit", "layers") else value if field == "edits" else (value,)
             for method in entries:
                 if method is not None and not isinstance(method, kind):
-                    raise TypeError(f"{field} takes a {kind.__name__}, got {method!r}")
+                    raise TypeError(f"{field} takes a {' or '.join(k.__name__ for k in get_args(kind) or (kind,))}, got {method!r}")
 
     def init_params(self, key: jax.Array, cfg) -> dict[str, Any]:
         """Learned weights of every method, for `params["methods"]`: one entry a site, a tuple where a site has several."""

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jaxtok.core.mixer import Layer, Mixer
+from jaxtok.core.recipe import Recipe
 from jaxtok.core.rotary import rotate_by
 from jaxtok.core.score import change, moments
 from jaxtok.core.types import Evidence, Needs, Tokens
@@ -118,6 +120,28 @@ def attend(cfg: EncoderConfig, p, i: int, tokens: Tokens, needs: Needs, proporti
         if needs.change:
             seen["change"] = change(y, block)[:, :, None]
     return block, Evidence(**seen)
+
+
+def mixed(cfg: EncoderConfig, p, i: int, tokens: Tokens, recipe: Recipe, own, state, proportional: bool, impl: Impl, normed=None):
+    """(attention block's output, state) of recipe.attention in the place of layer i's own; None where the layer keeps its own. `own`: of all layers."""
+    if not isinstance(recipe.attention, Mixer) or cfg.causal or cfg.window is not None:
+        raise ValueError(
+            f"{recipe.attention.name} attends in the layers of a decoder, not of an encoder"  # type: ignore[union-attr]
+            if not isinstance(recipe.attention, Mixer)
+            else f"{recipe.attention.name} lets all rows see each other; this tower is causal={cfg.causal}, window={cfg.window}"
+        )
+    method = recipe.attention.layer(i, cfg.layers)
+    if method is None:
+        return None
+    y = before(cfg, p, tokens.x) if normed is None else normed
+    q, k, v = (heads(cfg, linear(p, name, y)) for name in "qkv")
+    q, k = turned(cfg, tokens, q, k)
+    size = jnp.where((tokens.pos >= 0) & (tokens.size > 0), tokens.size, 1.0) if proportional else jnp.ones(tokens.pos.shape, jnp.float32)
+    bias = jnp.broadcast_to(jnp.log(size)[:, None], k.shape[:3]) if proportional else None
+    attend = lambda q, k, v: attention(q, k, v, impl=impl, bias=bias, **sight(cfg, i, tokens))[0]
+    out = lambda x: linear(p, "o", x.transpose(0, 2, 1, 3).reshape(*y.shape[:2], -1))
+    grid = None if cfg.image is None or cfg.prefix else cfg.grid
+    return method.mix(own[i] if own else {}, state, i, Layer(y, q, k, v, tokens.pos, size, grid, attend, out))
 
 
 def join(cfg: EncoderConfig, p, x: Array, block: Array, n: int) -> Array:

@@ -27,6 +27,7 @@ from jaxtok.models.resample import resize_grid
 from jaxtok.ops.attention import Impl, attention
 
 PLAIN = Recipe()
+OWN = ("keys", "values", "hidden", "own", "score", "text", "detail")  # of `Needs`: what an encoder knows without attending
 
 
 class Encoded(NamedTuple):
@@ -121,6 +122,7 @@ class _Run:
         self.evidence = Evidence()  # of the layer that ran last
         self.kept: dict[int, Evidence] = {}  # of the layers that recipe.select asks for
         self.states: dict[Any, Held] = {}
+        self.mixed: Any = ()  # the state of recipe.attention
         self.open: list[tuple[int, int, Reducer, Any, Tokens]] = []  # (before which layer, place, method, its parameters, rows before)
 
     def act(self, index: int, i: int, evidence: Evidence, move_rows: bool = True):
@@ -212,6 +214,14 @@ class _Run:
                 inner = reduce(plan, inner._replace(x=encoder.before(cfg, p, inner.x)), "keep")
                 normed, back = inner.x, assignment(plan)
         block, evidence = encoder.attend(cfg, p, i, inner, needs, *opts, probs, normed)
+        if self.recipe.attention is not None:
+            if places["ahead"] or needs._replace(**dict.fromkeys(OWN, False), weights=()) != Needs():
+                raise ValueError(
+                    f"{self.recipe.attention.name} attends here: there is no attention matrix to reduce or to take {needs} from"
+                )
+            learned = self.params.get("methods", {}).get("attention", ())
+            mixed = encoder.mixed(cfg, p, i, inner, self.recipe, learned, self.mixed, self.proportional, self.impl, normed)
+            block, self.mixed = (block, self.mixed) if mixed is None else mixed
         block = block if back is None else gather(block, back)
         self.evidence = evidence
         self.tokens = self.tokens._replace(x=encoder.join(cfg, p, self.tokens.x, block, 1))

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from jaxtok.core import reduce, registry, vacate
 from jaxtok.core.attention import Rows
+from jaxtok.core.mixer import Layer, Mixer
 from jaxtok.core.reader import Sight
 from jaxtok.core.sparsifier import View
 from jaxtok.core.types import Protect
 from jaxtok.ops import cache
+from jaxtok.ops.attention import attention
 from tests.calls.cases import INTS, LEAST, METHODS, PLAIN, REALS, Case, case, small, usually
 from tests.calls.core import CFG
 from tests.calls.values import Sizes
@@ -288,6 +290,33 @@ def attended(make):
     return build
 
 
+def mix(make):
+    """Two layers of an encoder on a grid of 4 x 4; values are clipped: products of activations are what these methods are made of."""
+
+    def build(s):
+        method, n = make(16), 16
+        cfg = dataclasses.replace(CFG, width=s.h * s.d, heads=s.h, kv_heads=s.h, head_dim=s.d)
+
+        def fn(x, q, k, v, pos, size):
+            x, q, k, v = (jnp.clip(a, -10, 10) for a in (x, q, k, v))
+            attend = lambda q, k, v: attention(q, k, v, q_pos=pos, k_pos=pos, causal=False)[0]
+            out = lambda y: y.transpose(0, 2, 1, 3).reshape(s.b, n, s.h * s.d)
+            layer = Layer(x, q, k, v, pos, jnp.clip(size, 1, 50), (4, 4), attend, out)
+            learned, state, blocks = method.init_params(jax.random.key(0), cfg), (), []
+            for i in range(2):
+                block, state = method.layer(i, cfg.layers).mix(learned[i], state, i, layer)
+                blocks.append(block)
+            return blocks
+
+        def arrays(v):
+            heads = {name: v.rows(s.b, s.h, n, s.d) for name in "qkv"}
+            return heads | {"x": v.rows(s.b, n, s.h * s.d), "pos": v.positions(s.b, n), "size": v.floats(s.b, n, least=1)}
+
+        return Case(fn, arrays)
+
+    return build
+
+
 ROWS = {site: {"plan": shrink} for site in ("vit", "select", "layers")}
 USES = ROWS | {
     "edits": {"edit": edit},
@@ -305,5 +334,7 @@ for _name in registry.names():
         for _what, _use in USES.get(registry.get(_name).site, {}).items():
             if _what == "step" and not _make(99).vacates:
                 _what, _use = "refit", refit
+            if _what == "attend" and isinstance(_make(99), Mixer):
+                _what, _use = "mix", mix
             case(f"method {_label} {_what}")(_use(_make))
             METHODS.add(_name)

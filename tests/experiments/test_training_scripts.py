@@ -24,7 +24,15 @@ def script(name, monkeypatch):
 def test_every_script_that_trains_is_counted_here():
     """A new one needs its own test below."""
     trains = {p.stem for p in FOLDER.glob("*.py") if re.search(r"\boptax\b|jaxtok\.train(?!\.compresskv)", p.read_text())}
-    assert trains == {"train_embedded", "train_lococo", "linen_example", "train_duo_gates", "train_small_vlm", "long_range"}
+    assert trains == {
+        "train_embedded",
+        "train_lococo",
+        "linen_example",
+        "train_duo_gates",
+        "train_small_vlm",
+        "long_range",
+        "train_attention",
+    }
 
 
 def test_the_embedded_model(tmp_path, monkeypatch):
@@ -172,3 +180,26 @@ def test_long_range(tmp_path, monkeypatch):
     assert m.main(args) == result and len(traces) == 6
     full = m.count(*m.system("full", args))
     assert all(abs(m.count(*m.system(name, args)) - full) <= 0.1 * full for name in m.SYSTEMS)
+
+
+def test_other_attention_in_encoders(tmp_path, monkeypatch):
+    """One trace of the loss a system; a second call goes on from the checkpoints and trains nothing."""
+    m, traces = script("train_attention", monkeypatch), []
+    from jaxtok.evals.digits import Digits
+
+    make = m.classify.make_loss
+
+    def counted(*args, **options):
+        loss = make(*args, **options)
+        return lambda *batch: (traces.append(1), loss(*batch))[1]
+
+    digits = Digits(np.random.default_rng(0).integers(0, 255, (20, 28, 28), np.uint8), (np.arange(20) % 10).astype(np.uint8))
+    monkeypatch.setattr(m.classify, "make_loss", counted)
+    monkeypatch.setattr(m, "load", lambda _: digits)
+    monkeypatch.setattr(m.clutter, "held_out", lambda: m.clutter.batch(digits, 0, 10))
+    monkeypatch.setattr(m, "CONFIGS", {t: dataclasses.replace(c, width=8, heads=2, hidden=8) for t, c in m.CONFIGS.items()})
+    args = m.Args(steps=3, batch=2, rows=4, systems=("biformer", "ponet"), out=tmp_path)
+    first = m.main(args)
+    assert [(r["task"], r["system"]) for r in first] == [("clutter", "biformer"), ("recall", "ponet")] and len(traces) == 2
+    assert all((tmp_path / r["task"] / r["system"] / "curves.png").is_file() for r in first)
+    assert [r["right"] for r in m.main(args)] == [r["right"] for r in first] and len(traces) == 2

@@ -27,7 +27,7 @@ _MERGERS = (
     *("token_transforming", "token_transforming:received", "evit", "code_merge", "code_merge:learned", "mustdrop.vit"),
     *("mustdrop.vit:threshold", "expedit", "crossget", "crossget:llava", "crossget:cross"),
     *("visionzip", "visiondrop.select", "aim.select", "prumerge", "prumerge:plus", "pool_rows", "vflowopt.select"),
-    *("visiondrop.layers", "sparsevlm:recycle", "sparsevlm:paper"),
+    *("visiondrop.layers", "sparsevlm:recycle", "sparsevlm:paper", "maelre.vit"),
 )
 EXEMPT: dict[tuple[str, str], str] = {
     **{(name, "rows_dropped_equals_masked"): _MERGED for name in _MERGERS},

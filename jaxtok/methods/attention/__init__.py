@@ -1,1 +1,1 @@
-"""Trained attentions that replace a layer's own."""
+"""Attention of another kind in the place of a layer's own."""

@@ -1,0 +1,144 @@
+"""Train encoders with other attention: PoNet, MAELRE, BiFormer, memory reweaving, beside full attention, on two small tasks.
+
+Claim (a goal, not yet measured): BiFormer and MAELRE within 3 points of full attention on digits on a cluttered canvas, PoNet and MAELRE
+    within 3 points of it on recall as classification.
+Command: JAXTOK_DATA=... python experiments/train_attention.py
+Hardware and time: not yet run whole.
+Expected: results/train_attention/<task>/<system>/eval.json, curves.png and metrics.jsonl, and a table at the end.
+
+One model a system, everything else the same: width, layers, data, steps, rates, seed. PoNet has three more projections a layer, BiFormer a
+depthwise kernel, memory reweaving a matrix for each remembered layer: eval.json counts the parameters, and FLOPs of one forward pass.
+Killed and started again, each run goes on from its last checkpoint; what is finished is not run again.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+from jaxtok.core.recipe import Recipe
+from jaxtok.evals import clutter, recall
+from jaxtok.evals.cost import count
+from jaxtok.evals.digits import load
+from jaxtok.evals.report import machine
+from jaxtok.methods import BiFormer, MemoryReweaving, PoNet
+from jaxtok.methods.attention.maelre import maelre
+from jaxtok.models import encoder
+from jaxtok.models.config import EncoderConfig
+from jaxtok.train import classify, figures
+from jaxtok.train.loop import fit
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAYERS, KEYS, VALUES, LENGTH = 4, 64, 16, 66
+SHAPE: dict[str, Any] = dict(width=64, layers=LAYERS, heads=4, hidden=128, cls=False, pool="mean")
+CONFIGS = {
+    "clutter": EncoderConfig(**SHAPE, image=(clutter.SIDE, clutter.SIDE), patch=(4, 4), channels=1, out=10),
+    "recall": EncoderConfig(**SHAPE, image=None, vocab=recall.vocab(KEYS, VALUES), context=LENGTH, out=VALUES),
+}
+SYSTEMS = {
+    "clutter": {
+        "full": Recipe(),
+        "biformer": Recipe(attention=BiFormer()),
+        "maelre": maelre(LAYERS, stages=3),
+    },
+    "recall": {
+        "full": Recipe(),
+        "ponet": Recipe(attention=PoNet(segments=8)),
+        "maelre": maelre(LAYERS, stages=2),
+        "memory_reweaving": Recipe(attention=MemoryReweaving(layers=(0, 1, 2), slots=16)),
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """tasks, systems: which ones (none = all); rows: of recall to test on (the digits have 1,000)."""
+
+    tasks: tuple[str, ...] = ()
+    systems: tuple[str, ...] = ()
+    steps: int = 3000
+    batch: int = 64
+    rate: float = 1e-3
+    decay: float = 0.05
+    rows: int = 1000
+    seed: int = 0
+    save_every: int = 250
+    out: pathlib.Path = ROOT / "experiments" / "results" / "train_attention"
+
+
+def batches(task: str, args: Args):
+    """A function of the step alone."""
+    if task == "clutter":
+        digits = load("train")
+        return lambda step: clutter.batch(digits, args.seed + 1, args.batch, start=step * args.batch, bend=1.0)._asdict()
+    return lambda step: recall.pairs(args.seed + 1, args.batch, length=LENGTH, keys=KEYS, values=VALUES, start=step * args.batch)._asdict()
+
+
+@functools.cache
+def held(task: str, rows: int) -> dict[str, np.ndarray]:
+    """What is measured: another seed, and digits never trained on."""
+    if task == "clutter":
+        return clutter.held_out()._asdict()
+    return recall.pairs(0, rows, length=LENGTH, keys=KEYS, values=VALUES)._asdict()
+
+
+def train(task: str, name: str, args: Args) -> dict[str, Any]:
+    """One system on one task."""
+    out, cfg, recipe = args.out / task / name, CONFIGS[task], SYSTEMS[task][name]
+    options = {"proportional": True} if recipe.vit else {}
+    key = jax.random.key(args.seed)
+    params = encoder.init(cfg, key) | {"methods": recipe.init_params(jax.random.fold_in(key, 1), cfg)}
+    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, max(1, args.steps // 20), args.steps, args.rate / 20)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=args.decay))
+    start = time.time()
+    state = fit(
+        classify.make_loss(cfg, recipe, **options), params, batches(task, args), optimizer=optimizer, steps=args.steps, seed=args.seed,
+        directory=out / "checkpoints", save_every=args.save_every, log_every=min(20, args.steps), tokens=lambda b: len(b["label"]),
+    )  # fmt: skip
+    metrics = out / "metrics.jsonl"
+    metrics.write_bytes((out / "checkpoints" / "metrics.jsonl").read_bytes())
+    figures.curves(metrics, out / "curves.png", ("loss", "right"), smooth=9)
+    test = held(task, args.rows)
+    one = {n: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for n, x in test.items()}
+    result = {
+        "task": task,
+        "system": name,
+        "recipe": repr(recipe),
+        "options": {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "tasks", "systems")},
+        "machine": machine(),
+        "seconds of this call": round(time.time() - start, 1),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "flops a row": count(lambda p, b: classify.logits(cfg, p, b, recipe, **options), state.params, one).flops,
+        "right": round(float(np.mean(classify.right(cfg, state.params, test, recipe, **options))), 4),
+    }
+    (out / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def main(args: Args) -> list[dict[str, Any]]:
+    """Train what is asked; print what came of it."""
+    known = {name for systems in SYSTEMS.values() for name in systems}
+    if unknown := (set(args.tasks) - set(SYSTEMS)) | (set(args.systems) - known):
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; tasks: {', '.join(SYSTEMS)}; systems: {', '.join(sorted(known))}")
+    results = []
+    for task in args.tasks or SYSTEMS:
+        for name in SYSTEMS[task]:
+            if args.systems and name not in args.systems:
+                continue
+            results.append(train(task, name, args))
+            r = results[-1]
+            print(
+                f"{task:8} {name:18} right {r['right']:.3f}  parameters {r['parameters']:,}  FLOPs a row {r['flops a row']:,}", flush=True
+            )
+    return results
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
