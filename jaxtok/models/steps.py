@@ -27,7 +27,7 @@ def step_part(
     cfg: Config, params, i: int, j: int, part: Part, qkv, live, recipe: Recipe, carry, keep, key, evict: bool, impl: Impl, ids=None
 ):
     """Head group j of layer i in a step -> (attended values, part, the reader's carry)."""
-    (q, k, v), (kv, state, reading, frozen) = qkv, part
+    (q, k, v), (kv, state, reading, frozen, _) = qkv, part
     learned, freqs = params.get("methods", {}), jnp.asarray(blocks.frequencies(cfg, i))
     policy = None if recipe.policy is None else recipe.policy.layer(i, cfg.layers).head_group(j)
     reader = recipe.reader
