@@ -82,12 +82,11 @@ def run(script: str, arguments: Sequence[str]) -> None:
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
-        code = error.code if isinstance(error, SystemExit) else 1
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         if not isinstance(error, SystemExit):
             traceback.print_exc()  # the script's own, whole
-        elif not isinstance(code, int):
-            print(code, file=sys.stderr)
-            code = 1
+        elif not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
         if jax.process_count() == 1:
             raise SystemExit(code) from None
         sys.stdout.flush()
