@@ -63,8 +63,10 @@ def retention(
 
 
 def retained(k: Float[Array, "b g n d"], v: Float[Array, "b g n c"], fade: Float32[Array, "b g n"]) -> Float32[Array, "b g d c"]:
-    """The state behind the last row. A row with k = 0 and fade = 0 is none."""
+    """The state behind the last row; 0 behind none. A row with k = 0 and fade = 0 leaves it as it is."""
     _fit(k, k, v, fade)
+    if not k.shape[2]:
+        return jnp.zeros((*k.shape[:2], k.shape[3], v.shape[3]), jnp.float32)
     total = jnp.cumsum(fade, -1)
     left = jnp.exp(total[..., -1:] - total)
     return bounded(jnp.einsum("bgnd,bgnc->bgdc", k.astype(jnp.float32) * left[..., None], v.astype(jnp.float32)), MOST)

@@ -76,7 +76,7 @@ class CCA(Attention):
         return out.astype(q.dtype)
 
     def cores(
-        self, last: Float[Array, "b h m d"], k: Float[Array, "b g m p d"], v: Float[Array, "b g m p d"], see: Sight
+        self, last: Float[Array, "b h m d"], k: Float[Array, "b g m p d"], v: Float[Array, "b g m p c"], see: Sight
     ) -> tuple[Array, Array]:
         """Keys and values of m groups from their tokens' and their last tokens' queries; by query head, or as k where no query counts."""
         if self.pooling != "cca":

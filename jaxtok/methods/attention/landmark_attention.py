@@ -57,7 +57,7 @@ class LandmarkAttention(Attention):
         at = jnp.arange(size, dtype=jnp.int32)
         one = lambda part: self._mix(part[1], keys, values, jnp.broadcast_to((part[0] * size + at)[None], (b, size)), None, rows)
         out = jax.lax.map(jax.checkpoint(one), (jnp.arange(blocks, dtype=jnp.int32), queries))
-        return jnp.moveaxis(out, 0, 2).reshape(b, h, -1, d)[:, :, :n]
+        return jnp.moveaxis(out, 0, 2).reshape(b, h, blocks * size, v.shape[3])[:, :, :n]
 
     def _mix(self, q, k, v, pos, live, rows: Rows) -> Float[Array, "b h t d"]:
         """Queries at order `pos` [b t] over keys in order, whole blocks of them; live [b s]: which are there (None = all)."""

@@ -94,7 +94,7 @@ class SCOUT(Attention):
     def attend(self, j: int, q, k, v, rows: Rows, fade=None) -> Float[Array, "b h n d"]:
         n, s, see = q.shape[2], self.segment, rows.see
         if j == MIXER and self.mixer == "retention":
-            return retention(q, k, v, fade, scale=see.scale)
+            return retention(q, *_living(k, v, fade, rows), scale=see.scale)
         if j == MIXER:
             first = np.maximum(0, np.arange(n) - self.window + 1)
             return banded(q, k, v, first, softcap=see.softcap, scale=see.scale)[0].astype(q.dtype)
@@ -102,10 +102,9 @@ class SCOUT(Attention):
         return self._read(q, k, v, k[:, :, s - 1 :: s], v[:, :, s - 1 :: s], jnp.broadcast_to(pos, (q.shape[0], pos.shape[1])), rows)
 
     def start(self, j: int, q, k, v, rows: Rows, slots: int, fade=None) -> Store | Memory:
-        n, s, count = k.shape[2], self.segment, rows.count
         if j == MIXER and self.mixer == "retention":
-            empty = jnp.zeros((*k.shape[:2], k.shape[3], v.shape[3]), jnp.float32)
-            return Memory(empty if fade is None or not n else retained(*_living(k, v, fade, rows)))
+            return Memory(retained(*_living(k, v, fade, rows)))
+        n, s, count = k.shape[2], self.segment, rows.count
         if j == MIXER:
             return begin(k, v, count, max(1, min(self.window, slots)))
         state = begin(k[:, :, s - 1 :: s], v[:, :, s - 1 :: s], jnp.minimum(count, n) // s, max(1, slots // s))
@@ -137,6 +136,9 @@ class SCOUT(Attention):
 
 
 def _living(k, v, fade, rows: Rows) -> tuple[Array, Array, Array]:
-    """Keys, values and gates; a dead row's leave a state as it is."""
+    """Keys, values and gates (None: nothing fades); a dead row's leave a state as it is."""
+    if k.ndim != 4 or v.ndim != 4 or rows.pos.shape != (k.shape[0], k.shape[2]):
+        raise ValueError(f"k, v, pos are {[list(x.shape) for x in (k, v, rows.pos)]}; they must be [b g n d], [b g n d], [b n]")
     live = (rows.pos >= 0)[:, None]
-    return jnp.where(live[..., None], k, jnp.zeros((), k.dtype)), v, jnp.where(live, fade, 0.0)
+    fade = jnp.zeros(k.shape[:3], jnp.float32) if fade is None else jnp.where(live, fade, 0.0)
+    return jnp.where(live[..., None], k, jnp.zeros((), k.dtype)), v, fade
