@@ -97,7 +97,7 @@ class SCOUT(Attention):
             return retention(q, *_living(k, v, fade, rows), scale=see.scale)
         if j == MIXER:
             first = np.maximum(0, np.arange(n) - self.window + 1)
-            return banded(q, k, v, first, softcap=see.softcap, scale=see.scale)[0].astype(q.dtype)
+            return banded(q, k, v, first, softcap=see.softcap, scale=see.scale, impl=see.impl)[0].astype(q.dtype)
         pos = jnp.asarray(np.arange(s - 1, n, s) + 1, jnp.int32)[None]  # later tokens see it: the token itself is there already
         return self._read(q, k, v, k[:, :, s - 1 :: s], v[:, :, s - 1 :: s], jnp.broadcast_to(pos, (q.shape[0], pos.shape[1])), rows)
 
