@@ -245,14 +245,17 @@ def _layer(cfg: Config, p: Params, x: Array, pos: Array, freq: Any, window: Any,
 
 
 def halves(cfg: Config, p: Params, turn: Callable[[Array], Array]) -> Halves:
-    """A layer's halves with the weights `p`, for a method of site attention; turn(x [b e n d]) is the rows' rotary embedding."""
+    """A layer's halves with the weights `p`, for a method of site attention; turn(x [b e n d]) is the rows' rotary embedding.
+
+    Weights that the method brings (`using`) are taken in the model's dtype."""
 
     def rows(x):
         q, k, v = qkv(cfg, p, x)
         return turn(q), turn(k), v
 
     of = lambda f: functools.partial(f, cfg, p)
-    return Halves(of(normed), rows, of(out_proj), of(mlp), lambda own: halves(cfg, own, turn))
+    using = lambda own: halves(cfg, {name: w.astype(p["q"].dtype) for name, w in own.items()}, turn)
+    return Halves(of(normed), rows, of(out_proj), of(mlp), using)
 
 
 def front(live: Bool[Array, "b n"]) -> Int[Array, "b n"]:

@@ -9,8 +9,9 @@ import pytest
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import generate
-from jaxtok.methods import CCA, KNorm, MetaTokens
+from jaxtok.methods import CCA, SCOUT, KNorm, LandmarkAttention, MetaTokens
 from jaxtok.models import blocks, decoder
+from jaxtok.models.config import Config
 from jaxtok.testing import world
 from tests.methods.attention import run
 
@@ -69,6 +70,64 @@ def test_a_batch_row_is_itself_alone():
     for i, count in enumerate(world.LENGTHS):
         alone = np.asarray(run.program(METHOD)(params, ids[i : i + 1, 12 - count : 12], None))
         np.testing.assert_allclose(whole[i, 12 - count :], alone[0], atol=2e-5)
+
+
+METHODS = {
+    "cca": CCA(),
+    "scout": SCOUT(),
+    "scout:retention": SCOUT(mixer="retention"),
+    "landmark_attention": LandmarkAttention(),
+    "meta_tokens": MetaTokens(token=9),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_published_sizes(name):
+    """Llama-3.1-8B's heads and widths, two layers, the methods' defaults, 4,096 tokens: shapes, and what a step keeps."""
+    method, slots = METHODS[name], 4096 + 16
+    cfg = Config(
+        vocab=128256, width=4096, layers=2, heads=32, kv_heads=8, head_dim=128, hidden=14336, rope_theta=5e5, norm_eps=1e-5, tied=False
+    )
+    recipe = Recipe(attention=method)
+    recipe.validate(cfg)
+
+    def run(params, own, ids):
+        params = params | {"methods": own}
+        tokens, layers = decoder.prefill(cfg, params, decoder.embed(cfg, params, ids), recipe, new=16)
+        x, after = decoder.step(cfg, params, tokens.x[:, -1:], jnp.ones((1, 1), bool), layers, recipe, ids=ids[:, :1])
+        return x, layers, after
+
+    params = jax.eval_shape(lambda: blocks.init(cfg, jax.random.key(0), jnp.bfloat16))
+    own = jax.eval_shape(lambda: recipe.init_params(jax.random.key(0), cfg))
+    x, layers, after = jax.eval_shape(run, params, own, jax.ShapeDtypeStruct((1, 4096), jnp.int32))
+    assert (x.shape, x.dtype) == ((1, 1, 4096), jnp.bfloat16)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), layers, after))
+    shapes = [x.shape for x in jax.tree.leaves(layers[0][0].attention)]
+    ring = lambda heads, slots: [(1, heads, slots, 128)] * 2 + [(1, slots)]
+    want = {
+        "cca": ring(8, 1024 + 16) + ring(32, slots // 16),
+        "scout": ring(8, 1024) + ring(8, slots // 10),
+        "scout:retention": [(1, 8, 128, 128), *ring(8, slots // 10)],
+        "landmark_attention": ring(8, -(-slots // 51) * 51),
+        "meta_tokens": [*ring(8, slots), *ring(8, -(-slots // 10)), (1,)],
+    }
+    assert shapes == want[name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_lowers_for_accelerators(name):
+    recipe = Recipe(attention=METHODS[name])
+
+    def answer(params, own, ids, live):
+        params = params | {"methods": own}
+        tokens, layers = decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, live), recipe, new=4)
+        return generate(CFG, params, tokens, layers, recipe, new=4).ids
+
+    params = jax.eval_shape(lambda: blocks.init(CFG, jax.random.key(0), jnp.bfloat16))
+    own = jax.eval_shape(lambda: recipe.init_params(jax.random.key(0), CFG))
+    ids = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    exported = jax.export.export(jax.jit(answer), platforms=["tpu", "cuda"])(params, own, ids, ids.update(dtype=jnp.bool))
+    assert exported.out_avals[0].shape == (2, 4)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ class LandmarkAttention(Attention):
     of `block` queries at a time: what it saves, the reader `landmark` saves at inference, where few blocks are retrieved; its stingy
     positions are this function's as long as all blocks are. A landmark in the first row of a text would see nothing; block >= 2 has none.
 
+    Free generation puts none in: a model trained with `insert_landmarks(predict=True)` writes its landmarks itself, else whoever feeds the
+    tokens does (`decode.replay`).
+
     block is the landmark's block with the landmark: 51 is the paper's mem_freq = 50 (LLaMA: 64). No group dropout (the paper's default).
     No weights of its own: the landmark is a token of the vocabulary.
     """

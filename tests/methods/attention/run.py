@@ -148,12 +148,40 @@ def decode_is_parallel(method, ids=None, live=None):
     assert not np.asarray(layers[0][0].kv.lost).any()
 
 
+def dead_steps_leave_the_states(method, ids=None):
+    """Steps whose row is dead, in one sequence or in both, are none: the others predict what the parallel pass of the tokens does."""
+    params, known = model(method)
+    ids, split, more = np.asarray(known if ids is None else ids)[:2, :20], 9, 5
+    n = ids.shape[1]
+    at = np.sort(np.stack([np.random.default_rng(i).permutation(n - split + more)[: n - split] for i in range(2)]), 1)
+    wide, live = (
+        np.random.default_rng(0).integers(0, CFG.vocab, (2, n - split + more)).astype(np.int32),
+        np.zeros((2, n - split + more), bool),
+    )
+    np.put_along_axis(wide, at, ids[:, split:], 1)
+    np.put_along_axis(live, at, True, 1)
+    assert (~live).sum(1).min() == more and (live[0] != live[1]).any()
+    recipe = Recipe(attention=method)
+
+    @jax.jit
+    def run(params, ids, wide, live):
+        tokens = decoder.embed(CFG, params, ids, special=method.token)
+        tokens, layers = decoder.prefill(CFG, params, tokens, recipe, new=wide.shape[1])
+        return replay(CFG, params, tokens, layers, wide, recipe, live=live)
+
+    out, layers = run(params, jnp.asarray(ids[:, :split]), jnp.asarray(wide), jnp.asarray(live))
+    got = np.take_along_axis(np.moveaxis(np.asarray(out), 0, 1), at[..., None], 1)
+    want = np.asarray(program(method)(params, jnp.asarray(ids), None))[:, split - 1 : -1]
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    assert (np.asarray(layers[0][0].kv.seen) == n).all()
+
+
 def padding_does_not_matter(method, ids=None):
-    """Dead rows before, behind and between the tokens leave the tokens' logits as they are, whatever ids they carry."""
+    """Dead rows before, behind and between the tokens leave the tokens' logits what they are for each sequence alone, whatever ids they carry."""
     params, known = model(method)
     ids = np.asarray(known if ids is None else ids)[:2]
     n = ids.shape[1]
-    want = np.asarray(program(method)(params, jnp.asarray(ids), None))
+    want = np.concatenate([np.asarray(program(method)(params, jnp.asarray(ids[i : i + 1]), None)) for i in range(2)])
     for seed, at in enumerate((np.arange(n) + 5, np.arange(n), np.sort(np.random.default_rng(0).permutation(n + 5)[:n]))):
         wide = np.random.default_rng(seed).integers(0, CFG.vocab, (2, n + 5)).astype(np.int32)
         wide[:, at] = ids
@@ -164,10 +192,12 @@ def padding_does_not_matter(method, ids=None):
 
 
 def decodes_in_bfloat16(method, ids=None):
-    """A model in bfloat16, prefill and steps: finite, in that dtype, and about the logits of the same weights in float32."""
+    """A model in bfloat16 (the method's weights as they are made), prefill and steps: finite, in that dtype, and about the logits of the
+    same weights in float32; so is the parallel pass of stacked layers."""
     params, known = model(method)
     ids, split, recipe = known if ids is None else ids, world.N, Recipe(attention=method)
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {name: x for name, x in params.items() if name != "methods"})
+    half = half | {"methods": params["methods"]}
 
     @jax.jit
     def run(params, ids):
@@ -177,8 +207,10 @@ def decodes_in_bfloat16(method, ids=None):
 
     x, out = run(half, ids)
     assert x.dtype == jnp.bfloat16 and bool(jnp.isfinite(x).all())
-    want = np.asarray(program(method)(jax.tree.map(lambda x: x.astype(jnp.float32), half), ids, None))[:, split - 1 : -1]
-    assert np.median(np.abs(np.moveaxis(np.asarray(out), 0, 1) - want)) < 0.1 * np.abs(want).mean()
+    want = np.asarray(program(method)(jax.tree.map(lambda x: x.astype(jnp.float32), half), ids, None))
+    near = lambda got, want: np.median(np.abs(got - want)) < 0.1 * np.abs(want).mean()
+    assert near(np.moveaxis(np.asarray(out), 0, 1), want[:, split - 1 : -1])
+    assert near(np.asarray(program(method)(blocks.stack(half), ids, None)), want)
 
 
 def later_tokens_do_not_matter(method, ids=None, atol=0.0):

@@ -120,6 +120,10 @@ def test_later_tokens_do_not_matter(method):
     run.later_tokens_do_not_matter(method)
 
 
+def test_dead_steps_leave_the_states():
+    run.dead_steps_leave_the_states(METHOD)
+
+
 def test_padding_does_not_matter():
     run.padding_does_not_matter(METHOD)
 
@@ -150,6 +154,10 @@ def test_a_step_pools_the_group_that_ends_with_it():
         np.testing.assert_allclose(np.asarray(state.far.k), np.asarray(whole.k), atol=2e-5)
         np.testing.assert_allclose(np.asarray(state.far.v), np.asarray(whole.v), atol=2e-5)
         np.testing.assert_array_equal(np.asarray(state.far.pos), np.asarray(whole.pos))
+
+
+def test_defaults():
+    assert (CCA().group, CCA().window, CCA().pooling) == (16, 1024, "cca")
 
 
 def test_bad_sizes():

@@ -129,6 +129,10 @@ def test_later_tokens_do_not_matter():
     run.later_tokens_do_not_matter(METHOD)
 
 
+def test_dead_steps_leave_the_states():
+    run.dead_steps_leave_the_states(METHOD)
+
+
 def test_padding_does_not_matter():
     run.padding_does_not_matter(METHOD)
 
@@ -164,6 +168,10 @@ def test_a_trained_model_is_read_by_retrieval(top_k, chunk, far):
     got = np.moveaxis(np.asarray(read(params, ids)), 0, 1)
     off = np.abs(got - np.asarray(run.program(METHOD)(params, ids, None))[:, world.N - 1 : -1]).max()
     assert off > 1e-2 if far else off < 5e-5
+
+
+def test_defaults():
+    assert LandmarkAttention().block == 50 + 1 == Landmark().block
 
 
 def test_bad_sizes():

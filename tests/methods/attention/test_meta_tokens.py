@@ -74,6 +74,10 @@ def test_later_tokens_do_not_matter(ratio):
     run.later_tokens_do_not_matter(dataclasses.replace(METHOD, ratio=ratio), text(), atol=2e-6)
 
 
+def test_dead_steps_leave_the_states():
+    run.dead_steps_leave_the_states(METHOD, text())
+
+
 def test_padding_does_not_matter():
     run.padding_does_not_matter(METHOD, text())
 
@@ -112,6 +116,10 @@ def test_the_order_of_a_layer():
 def test_gradients_reach_its_weights():
     grad = run.gradients_are_right(METHOD, text())
     assert all(float(abs(x).max()) > 0 for x in jax.tree.leaves(grad["methods"]["attention"]))
+
+
+def test_defaults():
+    assert MetaTokens(token=0).ratio == 0.1
 
 
 def test_bad_tokens():

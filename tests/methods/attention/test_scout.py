@@ -157,6 +157,11 @@ def test_later_tokens_do_not_matter(method):
 
 
 @pytest.mark.parametrize("method", [METHOD, LINEAR])
+def test_dead_steps_leave_the_states(method):
+    run.dead_steps_leave_the_states(method)
+
+
+@pytest.mark.parametrize("method", [METHOD, LINEAR])
 def test_padding_does_not_matter(method):
     run.padding_does_not_matter(method)
 
@@ -177,6 +182,10 @@ def test_bfloat16():
     run.in_bfloat16(METHOD, lambda *x: run.dense(*x, checkpoints(23, 3)), CHECKPOINTS)
     run.decodes_in_bfloat16(METHOD)
     run.decodes_in_bfloat16(LINEAR)
+
+
+def test_defaults():
+    assert (SCOUT().segment, SCOUT().window, SCOUT().mixer) == (10, 1024, "window")
 
 
 def test_bad_sizes():
