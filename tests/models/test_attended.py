@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtok.core.recipe import Recipe
-from jaxtok.decode import generate
+from jaxtok.decode import generate, replay
 from jaxtok.methods import CCA, SCOUT, KNorm, LandmarkAttention, MetaTokens
 from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
@@ -50,6 +50,40 @@ def test_generate_is_greedy_decoding_of_the_parallel_pass():
     np.testing.assert_array_equal(got, text[:, 12:])
 
 
+def test_the_models_soft_cap_and_scale():
+    """Groups of one are plain attention: in the parallel pass, in prefill and in steps, also in a model with both."""
+    cfg, method = dataclasses.replace(CFG, softcap=2.0, scale=0.6), CCA(group=1, window=4)
+    params, ids = run.model(method)
+    recipe, ids = Recipe(attention=method), ids[:, :16]
+    plain = np.asarray(jax.jit(lambda p, i: blocks.forward(cfg, p, i))(params, ids))
+    other = np.asarray(jax.jit(lambda p, i: blocks.forward(CFG, p, i))(params, ids))
+    assert np.abs(plain - other).max() > 0.1
+    np.testing.assert_allclose(np.asarray(jax.jit(lambda p, i: blocks.forward(cfg, p, i, method=method))(params, ids)), plain, atol=2e-5)
+
+    @jax.jit
+    def both(params, ids):
+        tokens, layers = decoder.prefill(cfg, params, decoder.embed(cfg, params, ids[:, :10]), recipe, new=6)
+        return decoder.logits(cfg, params, tokens.x), replay(cfg, params, tokens, layers, ids[:, 10:], recipe)[0]
+
+    first, out = both(params, ids)
+    np.testing.assert_allclose(np.asarray(first), plain[:, :10], atol=2e-5)
+    np.testing.assert_allclose(np.moveaxis(np.asarray(out), 0, 1), plain[:, 9:-1], atol=2e-5)
+
+
+def test_steps_go_on_from_the_rotary_ids_of_the_prompt():
+    """A prompt whose rotary ids begin at 3 (delta 3): only differences count, so steps that go on from there change nothing."""
+    params, ids = run.model(METHOD)
+
+    @jax.jit
+    def moved(params, ids, by):
+        tokens = decoder.embed(CFG, params, ids[:, :9])
+        tokens = tokens._replace(rope=tokens.rope + by, delta=tokens.delta + by)
+        tokens, layers = decoder.prefill(CFG, params, tokens, RECIPE, new=6)
+        return replay(CFG, params, tokens, layers, ids[:, 9:15], RECIPE)[0]
+
+    np.testing.assert_allclose(np.asarray(moved(params, ids, 3)), np.asarray(moved(params, ids, 0)), atol=2e-5)
+
+
 def test_rows_without_room_are_counted():
     params, ids = run.model(METHOD)
 
@@ -59,6 +93,8 @@ def test_rows_without_room_are_counted():
         return decoder.step(CFG, params, blocks.embed(CFG, params, ids), jnp.ones(ids.shape, bool), layers, RECIPE)
 
     x, layers = full(params, ids[:, :6])
+    for a, b in zip(jax.tree.leaves(layers), jax.tree.leaves(full(params, ids[:, :4])[1]), strict=True):
+        assert a.shape != b.shape or a.ndim < 3 or np.array_equal(a, b)  # keys, values and cores stay those of the first four
     kv = layers[1][0].kv
     assert (np.asarray(kv.lost) == 2).all() and (np.asarray(kv.seen) == 6).all() and np.isfinite(np.asarray(x)).all()
 

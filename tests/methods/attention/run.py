@@ -1,7 +1,6 @@
 """A small model with a trained attention, and what every such attention must do."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +17,27 @@ from jaxtok.train import language
 CFG = world.CFG
 
 
-def rows(b, n, mark=None, count=None):
+CAPPED = 1.5, 0.7  # a soft-cap of logits and a scale of the model's own
+
+
+def rows(b, n, mark=None, count=None, see=(None, None)):
     count = jnp.full((b,), n, jnp.int32) if count is None else jnp.asarray(count, jnp.int32)
     at = jnp.arange(n, dtype=jnp.int32)[None]
     pos = jnp.where(at < count[:, None], at, -1)
     mark = jnp.zeros((b, n), bool) if mark is None else jnp.asarray(mark)
-    return Rows(pos, count, mark, Sight(jnp.ones((1,), jnp.float32)))
+    return Rows(pos, count, mark, Sight(jnp.ones((1,), jnp.float32), None, *see))
 
 
 @functools.cache
-def attender(method, j=0):
-    return jax.jit(lambda q, k, v, mark, *more: method.attend(j, q, k, v, rows(q.shape[0], q.shape[2], mark), *more))
+def attender(method, j=0, see=(None, None)):
+    return jax.jit(lambda q, k, v, mark, *more: method.attend(j, q, k, v, rows(q.shape[0], q.shape[2], mark, see=see), *more))
 
 
-def attend(method, q, k, v, j=0, mark=None, more=(), dtype=jnp.float32):
+def attend(method, q, k, v, j=0, mark=None, more=(), dtype=jnp.float32, see=(None, None)):
     """Values [b h n d] of the j-th attention of whole sequences."""
     q, k, v = (jnp.asarray(x, dtype) for x in (q, k, v))
     mark = jnp.zeros((q.shape[0], q.shape[2]), bool) if mark is None else jnp.asarray(mark)
-    return np.asarray(attender(method, j)(q, k, v, mark, *(jnp.asarray(x, jnp.float32) for x in more)))
+    return np.asarray(attender(method, j, see)(q, k, v, mark, *(jnp.asarray(x, jnp.float32) for x in more)))
 
 
 def weights(method, q, k, j=0):
@@ -50,6 +52,14 @@ def in_bfloat16(method, want, j=0, mark=None):
     got = attend(method, *x, j, mark, dtype=jnp.bfloat16)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float64(got), want(*x), atol=0.03)
+
+
+def capped(method, want, j=0, mark=None):
+    """With the model's own soft-cap and scale: all rows at once, and the later ones step by step."""
+    x = arrays()
+    want = want(*x)
+    np.testing.assert_allclose(attend(method, *x, j, mark, see=CAPPED), want, atol=2e-5)
+    np.testing.assert_allclose(stepwise(method, *x, 9, j, see=CAPPED, mark=mark)[0], want[:, :, 9:], atol=2e-5)
 
 
 def same_gradients(method, want, j=0, mark=None, shape=None):
@@ -80,10 +90,16 @@ def arrays(b=2, h=4, g=2, n=23, d=8, seed=0):
     return tuple(rng.normal(size=(b, e, n, d)) * size for e, size in ((h, 2.0), (g, 1.0), (g, 1.0)))
 
 
-def dense(q, k, v, see):
+def logits(q, k, cap=None, scale=None):
+    """In float64, of all pairs; the soft-cap comes behind the scale."""
+    y = np.einsum("...id,...jd->...ij", np.asarray(q, np.float64), k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return y if cap is None else cap * np.tanh(y / cap)
+
+
+def dense(q, k, v, see, how=(None, None)):
     """Softmax attention in float64 over the keys that see [n n] (or [b 1 n n]) marks; rows that see nothing give 0."""
     k, v = (np.repeat(x, q.shape[1] // k.shape[1], 1) for x in (k, v))
-    y = np.where(see, np.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1]), -np.inf)
+    y = np.where(see, logits(q, k, *how), -np.inf)
     top = y.max(-1, keepdims=True)
     w = np.exp(y - np.where(np.isfinite(top), top, 0.0))
     total = w.sum(-1, keepdims=True)
@@ -242,20 +258,23 @@ def gradients_are_right(method, ids=None):
     return grad
 
 
-def stepwise(method, q, k, v, first, j=0, more=()):
+def stepwise(method, q, k, v, first, j=0, more=(), see=(None, None), mark=None):
     """Values of the rows after `first`, one at a time, and the state at the end: the j-th attention of whole sequences."""
     q, k, v, *more = (jnp.asarray(x, jnp.float32) for x in (q, k, v, *more))
     b, n = q.shape[0], q.shape[2]
+    mark = jnp.zeros((b, n), bool) if mark is None else jnp.asarray(mark)
 
     @jax.jit
     def run(q, k, v, *more):
         cut = lambda a, z: (x[:, :, a:z] for x in (q, k, v, *more))
         q0, k0, v0, *more0 = cut(0, first)
-        state = method.start(j, q0, k0, v0, rows(b, first), n, *more0)
+        state = method.start(j, q0, k0, v0, rows(b, first, mark[:, :first], see=see), n, *more0)
 
         def one(state, at):
             i, parts = at
-            here = rows(b, 1)._replace(pos=jnp.full((b, 1), 0, jnp.int32) + i, count=jnp.full((b,), 1, jnp.int32) + i)
+            here = rows(b, 1, jnp.take(mark, i, 1)[:, None], see=see)._replace(
+                pos=jnp.full((b, 1), 0, jnp.int32) + i, count=jnp.full((b,), 1, jnp.int32) + i
+            )
             q1, k1, v1, *more1 = (x[:, :, None] for x in parts)
             out, state = method.step(j, state, q1, k1, v1, here, *more1)
             return state, out[:, :, 0]

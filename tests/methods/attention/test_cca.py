@@ -13,16 +13,16 @@ small = lambda capacity: CCA(group=2, window=max(capacity // 4 * 2, 2))
 METHOD = CCA(group=2, window=4)
 
 
-def reference(m, q, k, v):
+def reference(m, q, k, v, cap=None, scale=None):
     """The card query by query: cores of complete groups, then one softmax over cores and raw keys; also which of both a row sees."""
-    (b, h, n, d), g, s = q.shape, m.group, m.window
+    (b, h, n, _), g, s = q.shape, m.group, m.window
     k, v = (np.repeat(x, h // k.shape[1], 1) for x in (k, v))
     out = np.zeros_like(q)
     for a in np.ndindex(b, h):
         cores = []
         for c in range(n // g):
             part = slice(c * g, (c + 1) * g)
-            y = k[a][part] @ q[a][(c + 1) * g - 1] / math.sqrt(d)
+            y = run.logits(q[a][(c + 1) * g - 1 : (c + 1) * g], k[a][part], None, scale)[0]
             w = np.exp(y - y.max()) / np.exp(y - y.max()).sum()
             pool = {"cca": lambda x, w=w: w @ x, "mean": lambda x: x.mean(0), "max": lambda x: x.max(0)}[m.pooling]
             cores.append((pool(k[a][part]), pool(v[a][part])))
@@ -31,7 +31,7 @@ def reference(m, q, k, v):
             keys = np.array([c[0] for c in cores[:old]] + list(k[a][old * g : i]))
             values = np.array([c[1] for c in cores[:old]] + list(v[a][old * g : i]))
             assert old * g + (i - old * g) == i and len(keys) == old + i - old * g
-            y = keys @ q[a][i - 1] / math.sqrt(d)
+            y = run.logits(q[a][i - 1 : i], keys, cap, scale)[0]
             w = np.exp(y - y.max())
             out[a][i - 1] = w @ values / w.sum()
     return out
@@ -141,6 +141,10 @@ def test_gradients_are_those_of_whole_matrices(pooling):
 def test_bfloat16():
     run.in_bfloat16(METHOD, lambda *x: reference(METHOD, *x))
     run.decodes_in_bfloat16(METHOD)
+
+
+def test_soft_cap_and_scale():
+    run.capped(METHOD, lambda *x: reference(METHOD, *x, *run.CAPPED))
 
 
 def test_a_step_pools_the_group_that_ends_with_it():

@@ -16,10 +16,10 @@ small = lambda capacity: LandmarkAttention(block=4)
 METHOD = LandmarkAttention(block=4)
 
 
-def weights(q, k, size):
+def weights(q, k, size, cap=None, scale=None):
     """The card's grouped softmax as a scatter over groups, [b h n n] in float64: landmarks share the group of the query's own block."""
     n, k = q.shape[2], np.repeat(k, q.shape[1] // k.shape[1], 1)
-    y = np.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])
+    y = run.logits(q, k, cap, scale)
     out = np.zeros_like(y)
     for i in range(n):
         own, group = i // size, np.full(n, -1)
@@ -147,6 +147,10 @@ def test_gradients_are_those_of_the_scattered_form(block, n):
     got = np.asarray(jax.jit(scattered(block))(*(jnp.asarray(x, jnp.float32) for x in (q, k, v))))
     np.testing.assert_allclose(got, np.einsum("bhij,bhjd->bhid", weights(q, k, block), np.repeat(v, 2, 1)), atol=2e-5)
     run.same_gradients(LandmarkAttention(block=block), scattered(block), shape=dict(n=n))
+
+
+def test_soft_cap_and_scale():
+    run.capped(METHOD, lambda q, k, v: np.einsum("bhij,bhjd->bhid", weights(q, k, 4, *run.CAPPED), np.repeat(v, 2, 1)))
 
 
 def test_bfloat16():

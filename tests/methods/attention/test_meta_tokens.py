@@ -88,6 +88,13 @@ def test_gradients_are_those_of_the_mask():
     run.same_gradients(METHOD, run.masked(see), META, mark)
 
 
+@pytest.mark.parametrize("j", [CAUSAL, META])
+def test_soft_cap_and_scale(j):
+    mark = marks()
+    see = run.causal(23)[None] & (mark[:, :, None] & mark[:, None] | (j == CAUSAL))
+    run.capped(METHOD, lambda *x: run.dense(*x, see[:, None], run.CAPPED), j, mark)
+
+
 def test_bfloat16():
     mark = marks()
     see = (run.causal(23)[None] & mark[:, :, None] & mark[:, None])[:, None]

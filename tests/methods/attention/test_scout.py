@@ -177,6 +177,16 @@ def test_gradients_are_those_of_whole_matrices(j):
     run.same_gradients(METHOD, run.masked(near(23, 5) if j == MIXER else checkpoints(23, 3)), j)
 
 
+@pytest.mark.parametrize("j", [MIXER, CHECKPOINTS])
+def test_soft_cap_and_scale(j):
+    run.capped(METHOD, lambda *x: run.dense(*x, near(23, 5) if j == MIXER else checkpoints(23, 3), run.CAPPED), j)
+
+
+def test_retention_knows_the_scale():
+    """Without gates nothing fades; a soft-cap does not count."""
+    run.capped(LINEAR, lambda q, k, v: kept(q, k, v, np.zeros(k.shape[:3])) * 0.7 * math.sqrt(q.shape[-1]), MIXER)
+
+
 def test_bfloat16():
     run.in_bfloat16(METHOD, lambda *x: run.dense(*x, near(23, 5)), MIXER)
     run.in_bfloat16(METHOD, lambda *x: run.dense(*x, checkpoints(23, 3)), CHECKPOINTS)
