@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtok.core import check
 from jaxtok.core.reduce import gather
 
 
@@ -19,8 +20,7 @@ class Store(NamedTuple):
 
 def begin(k: Float[Array, "b e n d"], v: Float[Array, "b e n d"], count: Int[Array, " b"], slots: int) -> Store:
     """A ring of `slots` slots with the last of `count` tokens; row i has order i. n may be 0."""
-    if slots < 1:
-        raise ValueError(f"slots must be >= 1, got {slots}")
+    check.count("slots", slots)
     if k.ndim != 4 or v.shape[:3] != k.shape[:3] or count.shape != k.shape[:1]:
         raise ValueError(f"k, v, count are {[list(x.shape) for x in (k, v, count)]}; they must be [b e n d], [b e n d], [b]")
     (b, e, n, _), last = k.shape, count[:, None] - 1

@@ -64,6 +64,8 @@ class LandmarkAttention(Attention):
 
     def _mix(self, q, k, v, pos, live, rows: Rows) -> Float[Array, "b h t d"]:
         """Queries at order `pos` [b t] over keys in order, whole blocks of them; live [b s]: which are there (None = all)."""
+        if not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
+            raise ValueError(f"q has {q.shape[1]} heads, k has {k.shape[1]}; the first must be a multiple of the second")
         (b, h, t, d), (e, s), size, see = q.shape, k.shape[1:3], self.block, rows.see
         y = jnp.einsum("bertd,besd->berts", q.reshape(b, e, h // e, t, d), k, preferred_element_type=jnp.float32)
         y = y * (d**-0.5 if see.scale is None else see.scale)
