@@ -24,9 +24,11 @@ class Attention(Method):
     """Site attention: a trained attention that replaces a decoder layer's own.
 
     A layer may attend several times (SCOUT's mixer and checkpoints, the two sublayers of meta-tokens): `compose` puts the halves of the
-    model's layer together and calls attend(j, q, k, v) -> [b h n d] for its j-th attention, j < `times`. What j does is said twice: `attend`
-    for all rows in parallel, `step` for one more row with the state that `start` begins. The composition is written once and serves both,
-    and what the model knows (norms, projections, rotary embedding) stays the model's. Keys and queries arrive rotated.
+    model's layer together and calls attend(j, q, k, v, *more) -> [b h n d] for its j-th attention, j < `times`. What j does is said twice:
+    `attend` for all rows in parallel, `step` for one more row with the state that `start` begins. The composition is written once and
+    serves both, and what the model knows (norms, projections, rotary embedding) stays the model's. Keys and queries arrive rotated.
+    `more`: other arrays by row [b e n ...] that the j-th attention wants; all three get them as their last arguments, `start` none when it
+    begins an empty cache.
 
     `own`: the layer's entry of `init_params`. States are NamedTuples of arrays with the batch as leading axis; a dead row (pos -1) must
     leave them as they are.

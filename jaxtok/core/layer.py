@@ -11,6 +11,7 @@ import jax.numpy as jnp
 class Halves(NamedTuple):
     """What a decoder's layer is made of, as functions of rows [b n c]; a method puts them together anew."""
 
+    normed: Callable[[jax.Array], jax.Array]  # x -> the rows that q, k and v are made of
     qkv: Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]  # x -> q [b h n d], k, v [b g n d], after norm and rotary embedding
     out: Callable[[jax.Array, jax.Array], jax.Array]  # x, o [b h n d] -> x + the output projection of o
     mlp: Callable[[jax.Array], jax.Array]  # x -> x + MLP of normed x

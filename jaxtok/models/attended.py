@@ -43,9 +43,9 @@ def prefill(
         states = {}
         turn = lambda y, i=i: rotate_by(y, rope, blocks.frequencies(cfg, i))
 
-        def attend(j, q, k, v, states=states):
-            states[j] = method.start(j, q, k, v, rows, n + new)  # type: ignore[union-attr]
-            return method.attend(j, q, k, v, rows)  # type: ignore[union-attr]
+        def attend(j, q, k, v, *more, states=states):
+            states[j] = method.start(j, q, k, v, rows, n + new, *more)  # type: ignore[union-attr]
+            return method.attend(j, q, k, v, rows, *more)  # type: ignore[union-attr]
 
         x = method.compose(own[i], blocks.halves(cfg, p, turn), x, attend)  # type: ignore[union-attr]
         out.append((Part(kv, Held(), attention=tuple(states[j] for j in range(method.times))),))  # type: ignore[union-attr]
@@ -140,8 +140,8 @@ def _row(cfg: Config, params, x, live, mark, layers: Layers, recipe: Recipe, imp
         turn = lambda y, i=i, rope=rope: rotate_by(y, rope, blocks.frequencies(cfg, i))
         states = dict(enumerate(part.attention))
 
-        def attend(j, q, k, v, states=states, rows=rows):
-            o, states[j] = method.step(j, states[j], q, k, v, rows)  # type: ignore[union-attr]
+        def attend(j, q, k, v, *more, states=states, rows=rows):
+            o, states[j] = method.step(j, states[j], q, k, v, rows, *more)  # type: ignore[union-attr]
             return o
 
         x = method.compose(own[i], blocks.halves(cfg, p, turn), x, attend)  # type: ignore[union-attr]

@@ -245,13 +245,17 @@ def _layer(cfg: Config, p: Params, x: Array, pos: Array, freq: Any, window: Any,
 
 
 def halves(cfg: Config, p: Params, turn: Callable[[Array], Array]) -> Halves:
-    """A layer's halves with the weights `p`, for a method of site attention; turn(x [b e n d]) is the rows' rotary embedding."""
+    """A layer's halves with the weights `p`, for a method of site attention; turn(x [b e n d]) is the rows' rotary embedding.
+
+    Weights that the method brings (`using`) are taken in the model's dtype."""
 
     def rows(x):
         q, k, v = qkv(cfg, p, x)
         return turn(q), turn(k), v
 
-    return Halves(rows, functools.partial(out_proj, cfg, p), functools.partial(mlp, cfg, p), lambda own: halves(cfg, own, turn))
+    of = lambda f: functools.partial(f, cfg, p)
+    using = lambda own: halves(cfg, {name: w.astype(p["q"].dtype) for name, w in own.items()}, turn)
+    return Halves(of(normed), rows, of(out_proj), of(mlp), using)
 
 
 def front(live: Bool[Array, "b n"]) -> Int[Array, "b n"]:
@@ -280,10 +284,10 @@ def _attended(cfg: Config, params: Params, ids, live, method: Attention, remat: 
     def one(p, own, x):
         rows = Rows(pos, count, mark, Sight(jnp.asarray(freqs[0]), None, cfg.softcap, cfg.scale, impl))
         turn = lambda y: rotate_by(y, jnp.maximum(pos, 0), freqs[0])
-        return method.compose(own, halves(cfg, p, turn), x, lambda j, q, k, v: method.attend(j, q, k, v, rows))
+        return method.compose(own, halves(cfg, p, turn), x, lambda j, q, k, v, *more: method.attend(j, q, k, v, rows, *more))
 
     if stacked:
-        body = lambda x, s: (one(*s, x), None)
+        body = lambda x, s: (one(s[0], s[1], x), None)
         xs = (params["layers"], jax.tree.map(lambda *a: jnp.stack(a), *own))
         x = jax.lax.scan(jax.checkpoint(body, prevent_cse=False) if remat else body, x, xs)[0]
     else:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtok.core import check
 from jaxtok.core.reduce import gather
 
 
@@ -19,8 +20,7 @@ class Store(NamedTuple):
 
 def begin(k: Float[Array, "b e n d"], v: Float[Array, "b e n d"], count: Int[Array, " b"], slots: int) -> Store:
     """A ring of `slots` slots with the last of `count` tokens; row i has order i. n may be 0."""
-    if slots < 1:
-        raise ValueError(f"slots must be >= 1, got {slots}")
+    check.count("slots", slots)
     if k.ndim != 4 or v.shape[:3] != k.shape[:3] or count.shape != k.shape[:1]:
         raise ValueError(f"k, v, count are {[list(x.shape) for x in (k, v, count)]}; they must be [b e n d], [b e n d], [b]")
     (b, e, n, _), last = k.shape, count[:, None] - 1
@@ -36,8 +36,9 @@ def begin(k: Float[Array, "b e n d"], v: Float[Array, "b e n d"], count: Int[Arr
 
 def write(store: Store, k: Float[Array, "b e 1 d"], v: Float[Array, "b e 1 d"], slot: Int[Array, " b"], pos: Int[Array, " b"]) -> Store:
     """One row a sequence into `slot` (-1, or one beyond the last: nowhere), said to stand at `pos`."""
-    if k.ndim != 4 or k.shape[2] != 1 or slot.shape != k.shape[:1] or pos.shape != slot.shape:
-        raise ValueError(f"k, slot, pos are {[list(x.shape) for x in (k, slot, pos)]}; they must be [b e 1 d], [b], [b]")
+    if k.ndim != 4 or k.shape[2] != 1 or v.shape[:3] != k.shape[:3] or slot.shape != k.shape[:1] or pos.shape != slot.shape:
+        shapes = [list(x.shape) for x in (k, v, slot, pos)]
+        raise ValueError(f"k, v, slot, pos are {shapes}; they must be [b e 1 d], [b e 1 d], [b], [b]")
     at = jnp.where(slot < 0, store.pos.shape[-1], slot)
     row = jnp.arange(slot.shape[0], dtype=jnp.int32)
     put = lambda old, new: old.at[row, :, at].set(new[:, :, 0].astype(old.dtype), mode="drop")

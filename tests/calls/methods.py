@@ -267,7 +267,7 @@ def attended(make):
 
         def fn(q, k, v, pos, mark):
             rows = Rows(pos, jnp.sum(pos >= 0, -1, dtype=jnp.int32), mark, Sight(jnp.ones((1,), jnp.float32)))
-            last = rows._replace(pos=rows.count[:, None], count=rows.count + 1, mark=mark[:, :1])
+            last = rows._replace(pos=rows.count[:, None], count=rows.count + 1, mark=mark[..., :1])
             out = []
             for j in range(method.times):
                 state = method.start(j, q, k, v, rows, s.n + 2)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.core.reader import Sight
-from jaxtok.ops import attention, banded, cache, diagnostics, evidence, landmark, near, noise, offload, read, store
+from jaxtok.ops import attention, banded, cache, diagnostics, evidence, landmark, near, noise, offload, read, retention, store
 from tests.calls.cases import Case, case
 from tests.calls.values import Sizes, Values
 
@@ -214,6 +214,17 @@ def _(s):
     return Case(store.extend, lambda v: {"store": begun(s, v)} | more(v))
 
 
+def faded(s, v, n):
+    """Queries, keys, values and gates of n rows."""
+    x = {"q": v.rows(s.b, s.h, n, s.d), "k": v.rows(s.b, s.g, n, s.d), "v": v.rows(s.b, s.g, n, s.d)}
+    return x | {"fade": -v.floats(s.b, s.g, n, least=0)}
+
+
+case("ops.retention.retention")(lambda s: Case(retention.retention, lambda v: faded(s, v, s.n), {"chunk": s.one(64, 4)}))
+case("ops.retention.retained")(lambda s: Case(retention.retained, lambda v: {k: x for k, x in faded(s, v, s.n).items() if k != "q"}))
+case("ops.retention.retain")(
+    lambda s: Case(retention.retain, lambda v: {"state": v.floats(s.b, s.g, s.d, s.d)} | faded(s, v, 1), {"scale": s.one(None, 0.5)})
+)
 case("ops.offload.to_host")(lambda s: Case(offload.to_host, lambda v: {"x": v.rows(s.b, s.g, s.n, s.d)}))
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from jaxtok.core.recipe import Recipe
-from jaxtok.decode import generate
-from jaxtok.methods import CCA, KNorm, MetaTokens
+from jaxtok.decode import generate, replay
+from jaxtok.methods import CCA, SCOUT, KNorm, LandmarkAttention, MetaTokens
 from jaxtok.models import blocks, decoder
+from jaxtok.models.config import Config
 from jaxtok.testing import world
 from tests.methods.attention import run
 
@@ -49,6 +50,40 @@ def test_generate_is_greedy_decoding_of_the_parallel_pass():
     np.testing.assert_array_equal(got, text[:, 12:])
 
 
+def test_the_models_soft_cap_and_scale():
+    """Groups of one are plain attention: in the parallel pass, in prefill and in steps, also in a model with both."""
+    cfg, method = dataclasses.replace(CFG, softcap=2.0, scale=0.6), CCA(group=1, window=4)
+    params, ids = run.model(method)
+    recipe, ids = Recipe(attention=method), ids[:, :16]
+    plain = np.asarray(jax.jit(lambda p, i: blocks.forward(cfg, p, i))(params, ids))
+    other = np.asarray(jax.jit(lambda p, i: blocks.forward(CFG, p, i))(params, ids))
+    assert np.abs(plain - other).max() > 0.1
+    np.testing.assert_allclose(np.asarray(jax.jit(lambda p, i: blocks.forward(cfg, p, i, method=method))(params, ids)), plain, atol=2e-5)
+
+    @jax.jit
+    def both(params, ids):
+        tokens, layers = decoder.prefill(cfg, params, decoder.embed(cfg, params, ids[:, :10]), recipe, new=6)
+        return decoder.logits(cfg, params, tokens.x), replay(cfg, params, tokens, layers, ids[:, 10:], recipe)[0]
+
+    first, out = both(params, ids)
+    np.testing.assert_allclose(np.asarray(first), plain[:, :10], atol=2e-5)
+    np.testing.assert_allclose(np.moveaxis(np.asarray(out), 0, 1), plain[:, 9:-1], atol=2e-5)
+
+
+def test_steps_go_on_from_the_rotary_ids_of_the_prompt():
+    """A prompt whose rotary ids begin at 3 (delta 3): only differences count, so steps that go on from there change nothing."""
+    params, ids = run.model(METHOD)
+
+    @jax.jit
+    def moved(params, ids, by):
+        tokens = decoder.embed(CFG, params, ids[:, :9])
+        tokens = tokens._replace(rope=tokens.rope + by, delta=tokens.delta + by)
+        tokens, layers = decoder.prefill(CFG, params, tokens, RECIPE, new=6)
+        return replay(CFG, params, tokens, layers, ids[:, 9:15], RECIPE)[0]
+
+    np.testing.assert_allclose(np.asarray(moved(params, ids, 3)), np.asarray(moved(params, ids, 0)), atol=2e-5)
+
+
 def test_rows_without_room_are_counted():
     params, ids = run.model(METHOD)
 
@@ -58,6 +93,8 @@ def test_rows_without_room_are_counted():
         return decoder.step(CFG, params, blocks.embed(CFG, params, ids), jnp.ones(ids.shape, bool), layers, RECIPE)
 
     x, layers = full(params, ids[:, :6])
+    for a, b in zip(jax.tree.leaves(layers), jax.tree.leaves(full(params, ids[:, :4])[1]), strict=True):
+        assert a.shape != b.shape or a.ndim < 3 or np.array_equal(a, b)  # keys, values and cores stay those of the first four
     kv = layers[1][0].kv
     assert (np.asarray(kv.lost) == 2).all() and (np.asarray(kv.seen) == 6).all() and np.isfinite(np.asarray(x)).all()
 
@@ -69,6 +106,64 @@ def test_a_batch_row_is_itself_alone():
     for i, count in enumerate(world.LENGTHS):
         alone = np.asarray(run.program(METHOD)(params, ids[i : i + 1, 12 - count : 12], None))
         np.testing.assert_allclose(whole[i, 12 - count :], alone[0], atol=2e-5)
+
+
+METHODS = {
+    "cca": CCA(),
+    "scout": SCOUT(),
+    "scout:retention": SCOUT(mixer="retention"),
+    "landmark_attention": LandmarkAttention(),
+    "meta_tokens": MetaTokens(token=9),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_published_sizes(name):
+    """Llama-3.1-8B's heads and widths, two layers, the methods' defaults, 4,096 tokens: shapes, and what a step keeps."""
+    method, slots = METHODS[name], 4096 + 16
+    cfg = Config(
+        vocab=128256, width=4096, layers=2, heads=32, kv_heads=8, head_dim=128, hidden=14336, rope_theta=5e5, norm_eps=1e-5, tied=False
+    )
+    recipe = Recipe(attention=method)
+    recipe.validate(cfg)
+
+    def run(params, own, ids):
+        params = params | {"methods": own}
+        tokens, layers = decoder.prefill(cfg, params, decoder.embed(cfg, params, ids), recipe, new=16)
+        x, after = decoder.step(cfg, params, tokens.x[:, -1:], jnp.ones((1, 1), bool), layers, recipe, ids=ids[:, :1])
+        return x, layers, after
+
+    params = jax.eval_shape(lambda: blocks.init(cfg, jax.random.key(0), jnp.bfloat16))
+    own = jax.eval_shape(lambda: recipe.init_params(jax.random.key(0), cfg))
+    x, layers, after = jax.eval_shape(run, params, own, jax.ShapeDtypeStruct((1, 4096), jnp.int32))
+    assert (x.shape, x.dtype) == ((1, 1, 4096), jnp.bfloat16)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), layers, after))
+    shapes = [x.shape for x in jax.tree.leaves(layers[0][0].attention)]
+    ring = lambda heads, slots: [(1, heads, slots, 128)] * 2 + [(1, slots)]
+    want = {
+        "cca": ring(8, 1024 + 16) + ring(32, slots // 16),
+        "scout": ring(8, 1024) + ring(8, slots // 10),
+        "scout:retention": [(1, 8, 128, 128), *ring(8, slots // 10)],
+        "landmark_attention": ring(8, -(-slots // 51) * 51),
+        "meta_tokens": [*ring(8, slots), *ring(8, -(-slots // 10)), (1,)],
+    }
+    assert shapes == want[name]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_lowers_for_accelerators(name):
+    recipe = Recipe(attention=METHODS[name])
+
+    def answer(params, own, ids, live):
+        params = params | {"methods": own}
+        tokens, layers = decoder.prefill(CFG, params, decoder.embed(CFG, params, ids, live), recipe, new=4)
+        return generate(CFG, params, tokens, layers, recipe, new=4).ids
+
+    params = jax.eval_shape(lambda: blocks.init(CFG, jax.random.key(0), jnp.bfloat16))
+    own = jax.eval_shape(lambda: recipe.init_params(jax.random.key(0), CFG))
+    ids = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    exported = jax.export.export(jax.jit(answer), platforms=["tpu", "cuda"])(params, own, ids, ids.update(dtype=jnp.bool))
+    assert exported.out_avals[0].shape == (2, 4)
 
 
 @pytest.mark.parametrize(

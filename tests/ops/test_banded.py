@@ -22,7 +22,7 @@ def dense(q, k, v, first, softcap=None):
     return jax.nn.softmax(y, -1) @ v, jax.nn.logsumexp(y, -1)
 
 
-@pytest.mark.parametrize("n, chunk, reach", [(23, 4, 5), (23, 128, 5), (16, 4, 1), (5, 2, 9), (24, 8, 24)])
+@pytest.mark.parametrize("n, chunk, reach", [(23, 4, 5), (23, 128, 5), (16, 4, 1), (5, 2, 9), (24, 8, 24), (23, 4, 9), (23, 4, 19)])
 def test_is_attention_under_the_mask(n, chunk, reach):
     x, first = arrays(n), np.maximum(0, np.arange(n) - reach + 1) // 2 * 2
     for softcap in (None, 0.7):
@@ -30,8 +30,9 @@ def test_is_attention_under_the_mask(n, chunk, reach):
             np.testing.assert_allclose(np.asarray(got), np.asarray(want), atol=2e-5)
 
 
-def test_gradients_are_those_of_the_mask():
-    x, first = arrays(11), np.maximum(0, np.arange(11) - 3)
+@pytest.mark.parametrize("reach", [4, 9])
+def test_gradients_are_those_of_the_mask(reach):
+    x, first = arrays(11), np.maximum(0, np.arange(11) - reach + 1)
     total = lambda f: lambda *x: sum(jnp.sum(jnp.sin(y)) for y in f(*x, first))
     got = jax.grad(total(lambda *a: banded(*a, chunk=4)), (0, 1, 2))(*x)
     for a, b in zip(got, jax.grad(total(dense), (0, 1, 2))(*x), strict=True):
@@ -43,6 +44,17 @@ def test_the_whole_past_is_causal_attention():
     pos = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32)[None], (2, 9))
     for a, b in zip(banded(q, k, v, np.zeros(9, int)), attention(q, k, v, q_pos=pos, k_pos=pos), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-5)
+
+
+def test_rows_that_see_everything_cost_no_more_than_attention():
+    """A window as long as the text, and one of half of it: the head is causal attention, which leaves out the future."""
+    x = jax.ShapeDtypeStruct((1, 1, 1024, 16), jnp.float32)
+    pos = jnp.arange(1024, dtype=jnp.int32)[None]
+    flops = lambda f: cost.count(f, x, x, x).flops
+    full = flops(lambda q, k, v: attention(q, k, v, q_pos=pos, k_pos=pos, diagonal=0))
+    assert flops(lambda q, k, v: banded(q, k, v, np.zeros(1024, int))) <= full
+    wide = flops(lambda q, k, v: banded(q, k, v, np.maximum(0, np.arange(1024) - 1023), chunk=1024))
+    assert full < 0.7 * wide
 
 
 def test_flops_are_linear():

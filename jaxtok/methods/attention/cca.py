@@ -66,7 +66,7 @@ class CCA(Attention):
     def attend(self, j: int, q, k, v, rows: Rows) -> Float[Array, "b h n d"]:
         g, n, see = self.group, q.shape[2], rows.see
         old = np.maximum(0, (np.arange(n) + 1 - self.window) // g)
-        out, lse = banded(q, k, v, old * g, softcap=see.softcap, scale=see.scale)
+        out, lse = banded(q, k, v, old * g, softcap=see.softcap, scale=see.scale, impl=see.impl)
         m = int(old[-1]) if n else 0
         if m:
             whole = lambda x: x[:, :, : m * g].reshape(*x.shape[:2], m, g, x.shape[-1])
@@ -76,7 +76,7 @@ class CCA(Attention):
         return out.astype(q.dtype)
 
     def cores(
-        self, last: Float[Array, "b h m d"], k: Float[Array, "b g m p d"], v: Float[Array, "b g m p d"], see: Sight
+        self, last: Float[Array, "b h m d"], k: Float[Array, "b g m p d"], v: Float[Array, "b g m p c"], see: Sight
     ) -> tuple[Array, Array]:
         """Keys and values of m groups from their tokens' and their last tokens' queries; by query head, or as k where no query counts."""
         if self.pooling != "cca":

@@ -34,6 +34,9 @@ class LandmarkAttention(Attention):
     of `block` queries at a time: what it saves, the reader `landmark` saves at inference, where few blocks are retrieved; its stingy
     positions are this function's as long as all blocks are. A landmark in the first row of a text would see nothing; block >= 2 has none.
 
+    Free generation puts none in: a model trained with `insert_landmarks(predict=True)` writes its landmarks itself, else whoever feeds the
+    tokens does (`decode.replay`).
+
     block is the landmark's block with the landmark: 51 is the paper's mem_freq = 50 (LLaMA: 64). No group dropout (the paper's default).
     No weights of its own: the landmark is a token of the vocabulary.
     """
@@ -57,10 +60,12 @@ class LandmarkAttention(Attention):
         at = jnp.arange(size, dtype=jnp.int32)
         one = lambda part: self._mix(part[1], keys, values, jnp.broadcast_to((part[0] * size + at)[None], (b, size)), None, rows)
         out = jax.lax.map(jax.checkpoint(one), (jnp.arange(blocks, dtype=jnp.int32), queries))
-        return jnp.moveaxis(out, 0, 2).reshape(b, h, -1, d)[:, :, :n]
+        return jnp.moveaxis(out, 0, 2).reshape(b, h, blocks * size, v.shape[3])[:, :, :n]
 
     def _mix(self, q, k, v, pos, live, rows: Rows) -> Float[Array, "b h t d"]:
         """Queries at order `pos` [b t] over keys in order, whole blocks of them; live [b s]: which are there (None = all)."""
+        if not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
+            raise ValueError(f"q has {q.shape[1]} heads, k has {k.shape[1]}; the first must be a multiple of the second")
         (b, h, t, d), (e, s), size, see = q.shape, k.shape[1:3], self.block, rows.see
         y = jnp.einsum("bertd,besd->berts", q.reshape(b, e, h // e, t, d), k, preferred_element_type=jnp.float32)
         y = y * (d**-0.5 if see.scale is None else see.scale)

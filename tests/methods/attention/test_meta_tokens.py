@@ -68,13 +68,65 @@ def test_decode_is_the_parallel_pass(ratio):
     run.decode_is_parallel(dataclasses.replace(METHOD, ratio=ratio), text())
 
 
-def test_later_tokens_do_not_matter():
-    run.later_tokens_do_not_matter(METHOD)
+@pytest.mark.parametrize("ratio", [1.0, 0.1])
+def test_later_tokens_do_not_matter(ratio):
+    """Nor where there is no room for all of them. How many come later moves the gathered rows, and with them the order of sums."""
+    run.later_tokens_do_not_matter(dataclasses.replace(METHOD, ratio=ratio), text(), atol=2e-6)
+
+
+def test_dead_steps_leave_the_states():
+    run.dead_steps_leave_the_states(METHOD, text())
+
+
+def test_padding_does_not_matter():
+    run.padding_does_not_matter(METHOD, text())
+
+
+def test_gradients_are_those_of_the_mask():
+    mark = marks()
+    see = (run.causal(23)[None] & mark[:, :, None] & mark[:, None])[:, None]
+    run.same_gradients(METHOD, run.masked(see), META, mark)
+
+
+@pytest.mark.parametrize("j", [CAUSAL, META])
+def test_soft_cap_and_scale(j):
+    mark = marks()
+    see = run.causal(23)[None] & (mark[:, :, None] & mark[:, None] | (j == CAUSAL))
+    run.capped(METHOD, lambda *x: run.dense(*x, see[:, None], run.CAPPED), j, mark)
+
+
+def test_bfloat16():
+    mark = marks()
+    see = (run.causal(23)[None] & mark[:, :, None] & mark[:, None])[:, None]
+    run.in_bfloat16(METHOD, lambda *x: run.dense(*x, see), META, mark)
+    run.decodes_in_bfloat16(METHOD, text())
+
+
+def test_the_order_of_a_layer():
+    """Causal attention, meta-attention, MLP: the model's own parts, a norm and a residual each."""
+    params, ids = run.model(METHOD)[0], text()
+    cfg, n = run.CFG, ids.shape[1]
+    mark, pos = np.asarray(ids) == TOKEN, jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], ids.shape)
+    see = run.causal(n)[None] & mark[:, :, None] & mark[:, None]
+    x = blocks.embed(cfg, params, ids)
+    for p, own in zip(params["layers"], params["methods"]["attention"], strict=True):
+        for w, seen in ((p, run.causal(n)), (own, see[:, None])):
+            q, k, v = blocks.qkv(cfg, w, x)
+            q, k = blocks.rotate(cfg, 0, q, pos), blocks.rotate(cfg, 0, k, pos)
+            out = run.dense(*(np.asarray(a, np.float64) for a in (q, k, v)), seen)
+            x = blocks.out_proj(cfg, w, x, jnp.asarray(out, jnp.float32))
+        x = blocks.mlp(cfg, p, x)
+    want = np.asarray(blocks.logits(cfg, params, x))
+    np.testing.assert_allclose(np.asarray(run.program(METHOD)(params, ids, None)), want, atol=5e-5)
 
 
 def test_gradients_reach_its_weights():
     grad = run.gradients_are_right(METHOD, text())
     assert all(float(abs(x).max()) > 0 for x in jax.tree.leaves(grad["methods"]["attention"]))
+
+
+def test_defaults():
+    assert MetaTokens(token=0).ratio == 0.1
 
 
 def test_bad_tokens():
