@@ -56,7 +56,7 @@ class Stage:
 
 STAGES = {
     "recall": (Stage(400, 64, 4, 16), Stage(300, 128, 4, 8), Stage(400, 256, 8, 8), Stage(200, 512, 12, 12), Stage(200, 1024, 16, 16)),
-    "text": (Stage(300, 256),),
+    "text": (Stage(200, 256),),
 }
 LENGTHS = {"recall": (1024, 2048, 4096, 8192, 16384), "text": (256, 1024)}
 
