@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Int
 
@@ -85,17 +86,36 @@ def _live(batch: Batch, put: Callable) -> Batch:
     return {"live": put(batch["live"], True)} if "live" in batch else {}
 
 
+def look_back(cfg: Config, params: Any, strength: float = 3.0) -> Any:
+    """The stacked parameters with biases by which the first layer's first head begins by looking at the row before.
+
+        q_bias, k_bias: the logit of a key t rows back is proportional to strength^2 sum_i w_i cos(f_i (t - 1)), f_i the fastest frequencies
+
+    A start, not a constraint: they are trained like all others. Recall needs such a head (a value must know its key), and finding one
+    takes most of a short training. strength: of the biases, against queries and keys of about 1 a channel. Needs cfg.qkv_bias.
+    """
+    if not cfg.qkv_bias or not isinstance(params["layers"], dict):
+        raise ValueError(f"look_back needs qkv_bias=True and stacked layers (`blocks.stack`), got qkv_bias={cfg.qkv_bias}")
+    freq = blocks.frequencies(cfg, 0)
+    n, d = min(5, len(freq)), cfg.head_dim
+    size = strength * np.sqrt(d * np.array([0.3, 0.25, 0.2, 0.15, 0.1])[:n])
+    q, k = np.zeros(d, np.float32), np.zeros(d, np.float32)
+    k[:n], q[:n], q[len(freq) : len(freq) + n] = size, size * np.cos(freq[:n]), -size * np.sin(freq[:n])
+    layers = params["layers"]
+    put = lambda name, x: layers[name].at[0, :d].set(x.astype(layers[name].dtype))
+    return params | {"layers": layers | {"q_bias": put("q_bias", q), "k_bias": put("k_bias", k)}}
+
+
 def recall(key: jax.Array, b: int, n: int, *, pairs: int = 16, asked: int = 4, keys: int = 64, values: int = 64) -> Batch:
     """Associative recall: `pairs` of key and value at random places of n rows of filler, then `asked` of the keys, whose values are the targets.
 
     Ids: keys 0 to keys - 1 (those of a sequence differ), values after them, filler keys + values. The last 2 asked rows hold the questions,
-    each followed by its answer; only a question's row has a target.
+    each followed by its answer; only a question's row has a target. No key is asked again before all are (asked > pairs: in a new order).
     """
     for name, value in (("b", b), ("pairs", pairs), ("asked", asked), ("values", values)):
         check.count(name, value)
     check.count("keys", keys, pairs)
     check.count("n", n, 2 * pairs + 2 * asked)
-    check.count("asked", asked, 1, pairs)
     room = (n - 2 * asked) // 2
 
     def one(key):
@@ -103,7 +123,7 @@ def recall(key: jax.Array, b: int, n: int, *, pairs: int = 16, asked: int = 4, k
         names = jax.random.permutation(a, keys)[:pairs].astype(jnp.int32)
         held = keys + jax.random.randint(c, (pairs,), 0, values, jnp.int32)
         place = 2 * jax.random.permutation(d, room)[:pairs]
-        who = jax.random.permutation(e, pairs)[:asked]
+        who = jnp.concatenate([jax.random.permutation(key, pairs) for key in jax.random.split(e, -(-asked // pairs))])[:asked]
         ids = jnp.full((n,), keys + values, jnp.int32).at[place].set(names).at[place + 1].set(held)
         questions = n - 2 * asked + 2 * jnp.arange(asked)
         ids = ids.at[questions].set(names[who]).at[questions + 1].set(held[who])

@@ -45,6 +45,23 @@ def test_recall_asks_what_it_told():
             assert told[row[i]] == want[i] == row[i + 1]
     with pytest.raises(ValueError, match="n must be"):
         language.recall(jax.random.key(1), 5, 10, pairs=6)
+    ids = np.asarray(language.recall(jax.random.key(1), 5, 40, pairs=3, asked=8, keys=8, values=4)["ids"])[:, 24::2]
+    assert all(sorted(row[:3]) == sorted(row[3:6]) and len(set(row[6:])) == 2 and set(row) == set(row[:3]) for row in ids)
+
+
+def test_the_first_head_begins_by_looking_one_row_back():
+    cfg = Config(vocab=50, width=32, layers=2, heads=2, kv_heads=2, head_dim=16, hidden=16, qk_norm=True, qkv_bias=True, rope_theta=1e6)
+    params = blocks.stack(blocks.init(cfg, jax.random.key(0)))
+    layers = jax.tree.map(lambda x: x[0], language.look_back(cfg, params, strength=8.0)["layers"])
+    pos = jnp.arange(40, dtype=jnp.int32)[None]
+    q, k, _ = blocks.qkv(cfg, layers, blocks.embed(cfg, params, jax.random.randint(jax.random.key(1), (1, 40), 0, 50)))
+    q, k = (np.asarray(blocks.rotate(cfg, 0, x, pos))[0, 0] for x in (q, k))
+    y = np.where(np.tri(40, dtype=bool), q @ k.T, -np.inf)
+    np.testing.assert_array_equal(np.argmax(y, -1)[1:], np.arange(39))
+    rest = jax.tree.map(np.array_equal, params["layers"], language.look_back(cfg, params)["layers"])
+    assert {name for name, same in rest.items() if not same} == {"q_bias", "k_bias"}
+    with pytest.raises(ValueError, match="qkv_bias"):
+        language.look_back(Config(vocab=50, width=32, layers=2, heads=2, kv_heads=2, head_dim=16, hidden=16), params)
 
 
 @pytest.mark.parametrize(
