@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -36,25 +35,26 @@ from jaxtok.train import classify, figures
 from jaxtok.train.loop import fit
 
 ROOT = pathlib.Path(__file__).parents[1]
-LAYERS, KEYS, VALUES, LENGTH = 4, 64, 16, 66
+LAYERS, KEYS, VALUES, LENGTH = 4, 32, 8, 33
 SHAPE: dict[str, Any] = dict(width=64, layers=LAYERS, heads=4, hidden=128, cls=False, pool="mean")
 CONFIGS = {
-    "clutter": EncoderConfig(**SHAPE, image=(clutter.SIDE, clutter.SIDE), patch=(4, 4), channels=1, out=10),
-    "recall": EncoderConfig(**SHAPE, image=None, vocab=recall.vocab(KEYS, VALUES), context=LENGTH, out=VALUES),
+    "clutter": EncoderConfig(**SHAPE, image=(clutter.SIDE, clutter.SIDE), patch=(7, 7), channels=1, out=10),
+    "recall": EncoderConfig(**SHAPE, image=None, vocab=recall.entries_vocab(KEYS, VALUES), context=LENGTH, out=VALUES),
 }
 SYSTEMS = {
-    "clutter": {
+    "clutter": {  # 64 patches
         "full": Recipe(),
-        "biformer": Recipe(attention=BiFormer()),
-        "maelre": maelre(LAYERS, stages=3),
+        "biformer": Recipe(attention=BiFormer(side=4, topk=(1, 2, 4, -2))),
+        "maelre": maelre(LAYERS, stages=3, switch=32),
     },
-    "recall": {
+    "recall": {  # 33 rows
         "full": Recipe(),
-        "ponet": Recipe(attention=PoNet(segments=8)),
-        "maelre": maelre(LAYERS, stages=2),
-        "memory_reweaving": Recipe(attention=MemoryReweaving(layers=(0, 1, 2), slots=16)),
+        "ponet": Recipe(attention=PoNet(segments=4)),
+        "maelre": maelre(LAYERS, stages=2, switch=24),
+        "memory_reweaving": Recipe(attention=MemoryReweaving(layers=(0, 1, 2), slots=8)),
     },
 }
+STEPS, BATCH = {"clutter": 2000, "recall": 1000}, {"clutter": 64, "recall": 128}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,9 +63,9 @@ class Args:
 
     tasks: tuple[str, ...] = ()
     systems: tuple[str, ...] = ()
-    steps: int = 3000
-    batch: int = 64
-    rate: float = 1e-3
+    steps: int | None = None  # None: STEPS and BATCH of the task
+    batch: int | None = None
+    rate: float = 2e-3
     decay: float = 0.05
     rows: int = 1000
     seed: int = 0
@@ -75,10 +75,11 @@ class Args:
 
 def batches(task: str, args: Args):
     """A function of the step alone."""
+    seed, size = args.seed + 1, args.batch or BATCH[task]
     if task == "clutter":
         digits = load("train")
-        return lambda step: clutter.batch(digits, args.seed + 1, args.batch, start=step * args.batch, bend=1.0)._asdict()
-    return lambda step: recall.pairs(args.seed + 1, args.batch, length=LENGTH, keys=KEYS, values=VALUES, start=step * args.batch)._asdict()
+        return lambda step: clutter.batch(digits, seed, size, start=step * size, bend=1.0)._asdict()
+    return lambda step: recall.entries(seed, size, length=LENGTH, keys=KEYS, values=VALUES, start=step * size)._asdict()
 
 
 @functools.cache
@@ -86,21 +87,26 @@ def held(task: str, rows: int) -> dict[str, np.ndarray]:
     """What is measured: another seed, and digits never trained on."""
     if task == "clutter":
         return clutter.held_out()._asdict()
-    return recall.pairs(0, rows, length=LENGTH, keys=KEYS, values=VALUES)._asdict()
+    return recall.entries(0, rows, length=LENGTH, keys=KEYS, values=VALUES)._asdict()
+
+
+def begin(cfg: EncoderConfig, recipe: Recipe, key) -> dict[str, Any]:
+    """Random parameters; embeddings of tokens of unit size, as the rows that the blocks add."""
+    params = encoder.init(cfg, key) | {"methods": recipe.init_params(jax.random.fold_in(key, 1), cfg)}
+    return params if cfg.vocab is None else params | {"embed": params["embed"] * cfg.vocab**0.5}
 
 
 def train(task: str, name: str, args: Args) -> dict[str, Any]:
     """One system on one task."""
     out, cfg, recipe = args.out / task / name, CONFIGS[task], SYSTEMS[task][name]
     options = {"proportional": True} if recipe.vit else {}
-    key = jax.random.key(args.seed)
-    params = encoder.init(cfg, key) | {"methods": recipe.init_params(jax.random.fold_in(key, 1), cfg)}
-    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, max(1, args.steps // 20), args.steps, args.rate / 20)
+    steps = args.steps or STEPS[task]
+    params = begin(cfg, recipe, jax.random.key(args.seed))
+    rate = optax.warmup_cosine_decay_schedule(0.0, args.rate, max(1, steps // 20), steps, args.rate / 20)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=args.decay))
-    start = time.time()
     state = fit(
-        classify.make_loss(cfg, recipe, **options), params, batches(task, args), optimizer=optimizer, steps=args.steps, seed=args.seed,
-        directory=out / "checkpoints", save_every=args.save_every, log_every=min(20, args.steps), tokens=lambda b: len(b["label"]),
+        classify.make_loss(cfg, recipe, **options), params, batches(task, args), optimizer=optimizer, steps=steps, seed=args.seed,
+        directory=out / "checkpoints", save_every=args.save_every, log_every=min(20, steps), tokens=lambda b: len(b["label"]),
     )  # fmt: skip
     metrics = out / "metrics.jsonl"
     metrics.write_bytes((out / "checkpoints" / "metrics.jsonl").read_bytes())
@@ -111,9 +117,10 @@ def train(task: str, name: str, args: Args) -> dict[str, Any]:
         "task": task,
         "system": name,
         "recipe": repr(recipe),
-        "options": {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "tasks", "systems")},
+        "options": {k: v for k, v in dataclasses.asdict(args).items() if k not in ("out", "tasks", "systems")}
+        | {"steps": steps, "batch": args.batch or BATCH[task]},
         "machine": machine(),
-        "seconds of this call": round(time.time() - start, 1),
+        "seconds of training": json.loads(metrics.read_text().splitlines()[-1])["wall"],
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "flops a row": count(lambda p, b: classify.logits(cfg, p, b, recipe, **options), state.params, one).flops,
         "right": round(float(np.mean(classify.right(cfg, state.params, test, recipe, **options))), 4),

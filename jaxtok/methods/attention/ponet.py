@@ -112,6 +112,6 @@ class PoNet(Mixer):
         b, h, n, d = layer.q.shape
         project = lambda name: layer.x @ params[name].astype(layer.x.dtype) + params[name + "_bias"].astype(layer.x.dtype)[None, None]
         v = layer.k if self.variant == "official" else layer.v
-        live, sizes = layer.pos >= 0, dict(segments=self.segments, window=self.window)
-        mixed = pool(layer.q, layer.k, v, *(project(name) for name in ("out", "segment", "local")), live, **sizes)
+        out, segment, local = (project(name) for name in ("out", "segment", "local"))
+        mixed = pool(layer.q, layer.k, v, out, segment, local, layer.pos >= 0, segments=self.segments, window=self.window)
         return layer.out(mixed.astype(layer.x.dtype).reshape(b, n, h, d).transpose(0, 2, 1, 3)), ()
