@@ -36,9 +36,10 @@ from jaxtok.train.loop import fit
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS, KEYS, VALUES, LENGTH = 4, 32, 8, 33
+PATCH = 7  # pixels; the digits stand as the patches do
 SHAPE: dict[str, Any] = dict(width=64, layers=LAYERS, heads=4, hidden=128, cls=False, pool="mean")
 CONFIGS = {
-    "clutter": EncoderConfig(**SHAPE, image=(clutter.SIDE, clutter.SIDE), patch=(7, 7), channels=1, out=10),
+    "clutter": EncoderConfig(**SHAPE, image=(clutter.SIDE, clutter.SIDE), patch=(PATCH, PATCH), channels=1, out=10),
     "recall": EncoderConfig(**SHAPE, image=None, vocab=recall.entries_vocab(KEYS, VALUES), context=LENGTH, out=VALUES),
 }
 SYSTEMS = {
@@ -50,11 +51,11 @@ SYSTEMS = {
     "recall": {  # 33 rows
         "full": Recipe(),
         "ponet": Recipe(attention=PoNet(segments=4)),
-        "maelre": maelre(LAYERS, stages=2, switch=24),
+        "maelre": maelre(LAYERS, stages=2, switch=24, kind="nystrom", landmarks=16),
         "memory_reweaving": Recipe(attention=MemoryReweaving(layers=(0, 1, 2), slots=8)),
     },
 }
-STEPS, BATCH = {"clutter": 2000, "recall": 1000}, {"clutter": 64, "recall": 128}
+STEPS, BATCH = {"clutter": 1500, "recall": 1200}, {"clutter": 64, "recall": 128}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def batches(task: str, args: Args):
     seed, size = args.seed + 1, args.batch or BATCH[task]
     if task == "clutter":
         digits = load("train")
-        return lambda step: clutter.batch(digits, seed, size, start=step * size, bend=1.0)._asdict()
+        return lambda step: clutter.batch(digits, seed, size, start=step * size, bend=1.0, step=PATCH)._asdict()
     return lambda step: recall.entries(seed, size, length=LENGTH, keys=KEYS, values=VALUES, start=step * size)._asdict()
 
 
@@ -86,14 +87,16 @@ def batches(task: str, args: Args):
 def held(task: str, rows: int) -> dict[str, np.ndarray]:
     """What is measured: another seed, and digits never trained on."""
     if task == "clutter":
-        return clutter.held_out()._asdict()
+        return clutter.held_out(step=PATCH)._asdict()
     return recall.entries(0, rows, length=LENGTH, keys=KEYS, values=VALUES)._asdict()
 
 
 def begin(cfg: EncoderConfig, recipe: Recipe, key) -> dict[str, Any]:
-    """Random parameters; embeddings of tokens of unit size, as the rows that the blocks add."""
+    """Random parameters; tokens begin with unit size, positions of patches with half of it: with 0.02 they are hard to find."""
     params = encoder.init(cfg, key) | {"methods": recipe.init_params(jax.random.fold_in(key, 1), cfg)}
-    return params if cfg.vocab is None else params | {"embed": params["embed"] * cfg.vocab**0.5}
+    if cfg.vocab is None:
+        return params | {"pos": 25.0 * params["pos"]}
+    return params | {"embed": params["embed"] * cfg.vocab**0.5}
 
 
 def train(task: str, name: str, args: Args) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def test_other_attention_in_encoders(tmp_path, monkeypatch):
     digits = Digits(np.random.default_rng(0).integers(0, 255, (20, 28, 28), np.uint8), (np.arange(20) % 10).astype(np.uint8))
     monkeypatch.setattr(m.classify, "make_loss", counted)
     monkeypatch.setattr(m, "load", lambda _: digits)
-    monkeypatch.setattr(m.clutter, "held_out", lambda: m.clutter.batch(digits, 0, 10))
+    monkeypatch.setattr(m.clutter, "held_out", lambda step: m.clutter.batch(digits, 0, 10, step=step))
     monkeypatch.setattr(m, "CONFIGS", {t: dataclasses.replace(c, width=8, heads=2, hidden=8) for t, c in m.CONFIGS.items()})
     args = m.Args(steps=3, batch=2, rows=4, systems=("biformer", "ponet"), out=tmp_path)
     first = m.main(args)
