@@ -35,7 +35,7 @@ from jaxtok.train import classify, figures
 from jaxtok.train.loop import fit
 
 ROOT = pathlib.Path(__file__).parents[1]
-LAYERS, KEYS, VALUES, LENGTH = 4, 32, 8, 33
+LAYERS, KEYS, VALUES, LENGTH = 4, 16, 8, 17
 PATCH = 7  # pixels; the digits stand as the patches do
 SHAPE: dict[str, Any] = dict(width=64, layers=LAYERS, heads=4, hidden=128, cls=False, pool="mean")
 CONFIGS = {
@@ -48,10 +48,10 @@ SYSTEMS = {
         "biformer": Recipe(attention=BiFormer(side=4, topk=(1, 2, 4, -2))),
         "maelre": maelre(LAYERS, stages=3, switch=32),
     },
-    "recall": {  # 33 rows
+    "recall": {  # 17 rows
         "full": Recipe(),
         "ponet": Recipe(attention=PoNet(segments=4)),
-        "maelre": maelre(LAYERS, stages=2, switch=24, kind="nystrom", landmarks=16),
+        "maelre": maelre(LAYERS, stages=2, switch=12, kind="nystrom", landmarks=8),
         "memory_reweaving": Recipe(attention=MemoryReweaving(layers=(0, 1, 2), slots=8)),
     },
 }
