@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import optax
 import tyro
+from matplotlib.figure import Figure  # not pyplot: it keeps figures alive and may ask for a display
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.evals import clutter, recall
@@ -33,6 +34,7 @@ from jaxtok.models import encoder
 from jaxtok.models.config import EncoderConfig
 from jaxtok.train import classify, figures
 from jaxtok.train.loop import fit
+from jaxtok.train.metrics import read
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS, KEYS, VALUES, LENGTH = 4, 16, 8, 17
@@ -46,7 +48,8 @@ SYSTEMS = {
     "clutter": {  # 64 patches
         "full": Recipe(),
         "biformer": Recipe(attention=BiFormer(side=4, topk=(1, 2, 4, -2))),
-        "maelre": maelre(LAYERS, stages=3, switch=32),
+        "maelre": maelre(LAYERS, stages=3),  # as published: no more rows than channels, so exact attention; the rows are merged
+        "maelre_linear": maelre(LAYERS, stages=3, switch=32),
     },
     "recall": {  # 17 rows
         "full": Recipe(),
@@ -93,7 +96,7 @@ def held(task: str, rows: int) -> dict[str, np.ndarray]:
 
 def begin(cfg: EncoderConfig, recipe: Recipe, key) -> dict[str, Any]:
     """Random parameters; tokens begin with unit size, positions of patches with half of it: with 0.02 they are hard to find."""
-    params = encoder.init(cfg, key) | {"methods": recipe.init_params(jax.random.fold_in(key, 1), cfg)}
+    params: dict[str, Any] = encoder.init(cfg, key) | {"methods": recipe.init_params(jax.random.fold_in(key, 1), cfg)}
     if cfg.vocab is None:
         return params | {"pos": 25.0 * params["pos"]}
     return params | {"embed": params["embed"] * cfg.vocab**0.5}
@@ -132,6 +135,43 @@ def train(task: str, name: str, args: Args) -> dict[str, Any]:
     return result
 
 
+def page(out: pathlib.Path) -> None:
+    """README.md, the table of all runs that lie there, and a figure a task: how each system's share of right rows grew."""
+    found = [json.loads(path.read_text()) for path in sorted(out.glob("*/*/eval.json"))]
+    lines = [
+        "# Other attention in encoders",
+        "",
+        "Made by experiments/train_attention.py. `right`: of the rows to test on; seconds: of training, on a machine that others used too.",
+    ]
+    for task in SYSTEMS:
+        rows = {r["system"]: r for r in found if r["task"] == task}
+        if not rows:
+            continue
+        full = rows.get("full", {}).get("right")
+        lines += [
+            "",
+            f"## {task}",
+            "",
+            "| system | right | to full, points | parameters | FLOPs a row | seconds |",
+            "|---|---|---|---|---|---|",
+        ]
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axis = figure.subplots()
+        for name, r in rows.items():
+            apart = "" if full is None else f"{100 * (r['right'] - full):+.1f}"
+            lines.append(
+                f"| {name} | {r['right']:.3f} | {apart} | {r['parameters']:,} | {r['flops a row']:,} | {r['seconds of training']:.0f} |"
+            )
+            curve = read(out / task / name / "metrics.jsonl")
+            mean = [np.mean([x["right"] for x in curve[max(0, i - 8) : i + 1]]) for i in range(len(curve))]
+            axis.plot([x["step"] for x in curve], mean, label=name)
+        axis.set(xlabel="step", ylabel="right in training, mean of 9 lines", title=task)
+        axis.legend()
+        figure.savefig(out / f"{task}.png", dpi=100)
+        lines += ["", f"![{task}]({task}.png)"]
+    (out / "README.md").write_text("\n".join(lines) + "\n")
+
+
 def main(args: Args) -> list[dict[str, Any]]:
     """Train what is asked; print what came of it."""
     known = {name for systems in SYSTEMS.values() for name in systems}
@@ -147,6 +187,7 @@ def main(args: Args) -> list[dict[str, Any]]:
             print(
                 f"{task:8} {name:18} right {r['right']:.3f}  parameters {r['parameters']:,}  FLOPs a row {r['flops a row']:,}", flush=True
             )
+    page(args.out)
     return results
 
 

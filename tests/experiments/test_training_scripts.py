@@ -203,3 +203,5 @@ def test_other_attention_in_encoders(tmp_path, monkeypatch):
     assert [(r["task"], r["system"]) for r in first] == [("clutter", "biformer"), ("recall", "ponet")] and len(traces) == 2
     assert all((tmp_path / r["task"] / r["system"] / "curves.png").is_file() for r in first)
     assert [r["right"] for r in m.main(args)] == [r["right"] for r in first] and len(traces) == 2
+    page = (tmp_path / "README.md").read_text()
+    assert all(f"| {r['system']} | {r['right']:.3f} |" in page and (tmp_path / f"{r['task']}.png").is_file() for r in first)
