@@ -48,7 +48,7 @@ SYSTEMS = {
     "clutter": {  # 64 patches
         "full": Recipe(),
         "biformer": Recipe(attention=BiFormer(side=4, topk=(1, 2, 4, -2))),
-        "maelre": maelre(LAYERS, stages=3),  # as published: no more rows than channels, so exact attention; the rows are merged
+        "maelre": maelre(LAYERS, stages=3),  # no more rows than channels: exact attention by our reading, merging alone
         "maelre_linear": maelre(LAYERS, stages=3, switch=32),
     },
     "recall": {  # 17 rows

@@ -131,7 +131,7 @@ def merged(metric, x, size, ratio):
 @pytest.mark.parametrize("ratio, n", [(0.5, 12), (0.5, 13), (0.7, 11), (1.0, 6)])
 def test_merge(ratio, n):
     metric, x = normal(0, 2, n, 5), normal(1, 2, n, 3)
-    live = np.arange(n) >= np.array([[0], [2]])
+    live = np.arange(n) >= np.array([[0], [n - 5]])  # each sequence by its own number of rows
     tokens = rows(x, special=0, live=live, size=np.random.default_rng(0).integers(1, 4, (2, n)))
     method = MAELREMerge(ratio=ratio)
     plan = do(method, "plan", {}, method.start({}, tokens), tokens, Evidence(keys=jnp.asarray(metric)[:, None]))[1]
