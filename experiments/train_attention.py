@@ -48,8 +48,8 @@ SYSTEMS = {
     "clutter": {  # 64 patches
         "full": Recipe(),
         "biformer": Recipe(attention=BiFormer(side=4, topk=(1, 2, 4, -2))),
-        "maelre": maelre(LAYERS, stages=3),  # no more rows than channels: exact attention by our reading, merging alone
-        "maelre_linear": maelre(LAYERS, stages=3, switch=32),
+        "maelre": maelre(LAYERS, stages=3, ratio=0.75),  # 64 rows are no more than channels: exact attention, merging alone
+        "maelre_half": maelre(LAYERS, stages=3, switch=32),  # all even rows join an odd one: nothing is left to choose
     },
     "recall": {  # 17 rows
         "full": Recipe(),

@@ -197,7 +197,7 @@ def test_other_attention_in_encoders(tmp_path, monkeypatch):
     monkeypatch.setattr(m.classify, "make_loss", counted)
     monkeypatch.setattr(m, "load", lambda _: digits)
     monkeypatch.setattr(m.clutter, "held_out", lambda step: m.clutter.batch(digits, 0, 10, step=step))
-    monkeypatch.setattr(m, "CONFIGS", {t: dataclasses.replace(c, width=8, heads=2, hidden=8) for t, c in m.CONFIGS.items()})
+    monkeypatch.setattr(m, "CONFIGS", {t: dataclasses.replace(c, width=8, heads=2, hidden=8, layers=2) for t, c in m.CONFIGS.items()})
     args = m.Args(steps=3, batch=2, rows=4, systems=("biformer", "ponet"), out=tmp_path)
     first = m.main(args)
     assert [(r["task"], r["system"]) for r in first] == [("clutter", "biformer"), ("recall", "ponet")] and len(traces) == 2
