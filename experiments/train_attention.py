@@ -1,10 +1,15 @@
 """Train encoders with other attention: PoNet, MAELRE, BiFormer, memory reweaving, beside full attention, on two small tasks.
 
-Claim (a goal, not yet measured): BiFormer and MAELRE within 3 points of full attention on digits on a cluttered canvas, PoNet and MAELRE
-    within 3 points of it on recall as classification.
+Claim: PoNet 1.000 and MAELRE 0.999 of 1,000 rows right where full attention has 1.000 (recall as classification); BiFormer 0.874 and
+    MAELRE 0.701 where full attention has 0.701 (digits on a cluttered canvas). All of the latter are still learning when they stop.
 Command: JAXTOK_DATA=... python experiments/train_attention.py
-Hardware and time: not yet run whole.
-Expected: results/train_attention/<task>/<system>/eval.json, curves.png and metrics.jsonl, and a table at the end.
+Hardware and time: one core of a 2.6 GHz Xeon that others used too; 4 to 13 minutes a run, in eval.json, an hour in all.
+Expected: results/train_attention/<task>/<system>/eval.json, curves.png and metrics.jsonl; README.md with the table, a figure a task.
+
+Both tasks are small, because full attention had to learn them in minutes: a pair of recall is one token (17 rows: a question, 16 pairs),
+and the digits stand at multiples of 7 pixels, as the patches do. With two tokens a pair full attention itself was at chance after
+50,000 rows of two pairs, with digits anywhere at 0.28 after 440 steps. One seed. MAELRE's ratio on the canvas was chosen after a first
+run (maelre_half, 0.614): with a half, all even rows must join an odd one; with three quarters those most alike do.
 
 One model a system, everything else the same: width, layers, data, steps, rates, seed. PoNet has three more projections a layer, BiFormer a
 depthwise kernel, memory reweaving a matrix for each remembered layer: eval.json counts the parameters, and FLOPs of one forward pass.

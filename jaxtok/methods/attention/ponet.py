@@ -19,7 +19,7 @@ def globally(q: Float[Array, "b h n d"], k: Float[Array, "b h n d"], v: Float[Ar
     q, k, v = (jnp.where(here, x.astype(jnp.float32), 0.0) for x in (q, k, v))
     number = jnp.maximum(jnp.sum(live, -1), 1).astype(jnp.float32)
     mean = jnp.sum(q, 2) / number[:, None, None]
-    logit = jnp.einsum("bhd,bhnd->bhn", mean, k) * q.shape[-1] ** -0.5
+    logit = jnp.einsum("bhd,bhnd->bhn", mean, k) * max(q.shape[-1], 1) ** -0.5
     share = jnp.where(live[:, None], jax.nn.softmax(jnp.where(live[:, None], logit, LOW), -1), 0.0)
     return jnp.einsum("bhn,bhnd->bhd", share, v)
 
