@@ -3,7 +3,7 @@
 Claim: PoNet 1.000 and MAELRE 0.999 of 1,000 rows right where full attention has 1.000 (recall as classification); BiFormer 0.874 and
     MAELRE 0.701 where full attention has 0.701 (digits on a cluttered canvas; 96,000 canvases are few: none has learnt all it could).
 Command: JAXTOK_DATA=... python experiments/train_attention.py
-Hardware and time: one core of a 2.6 GHz Xeon that others used too; 4 to 13 minutes a run, in eval.json, an hour in all.
+Hardware and time: one core of a Xeon that others used too; 4 to 13 minutes a run, in eval.json, an hour in all.
 Expected: results/train_attention/<task>/<system>/eval.json, curves.png and metrics.jsonl; README.md with the table, a figure a task.
 
 Both tasks are small, because full attention had to learn them in minutes: a pair of recall is one token (17 rows: a question, 16 pairs),
