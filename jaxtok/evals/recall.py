@@ -1,7 +1,8 @@
 """Associative recall as classification: the key comes first, then the pairs; which value belongs to it? For encoders.
 
-`pairs`: symbols, one token a key and a value, made to measure for small models; `texts`: the task kv_recall of `tasks`, letter by letter,
-question first; the class is the first figure of the value. Functions of (seed, number of the row): numpy, the same everywhere.
+`pairs`: symbols, one token a key and one a value; `entries`: the same, one token for a key with its value, so that one look is enough, made
+to measure for small models; `texts`: the task kv_recall of `tasks`, letter by letter, question first; the class is the first figure of
+the value. Functions of (seed, number of the row): numpy, the same everywhere.
 """
 
 from typing import NamedTuple
@@ -47,6 +48,20 @@ def pairs(seed: int, count: int, *, length: int, keys: int = 64, values: int = 1
         ids[row, :2], label[row] = (ASK, key[asked]), value[asked]
         ids[row, 2 : 2 + 2 * n] = np.stack([key, 2 + keys + value], 1).reshape(-1)
     return Batch(ids, ids != PAD, label)
+
+
+def entries_vocab(keys: int, values: int) -> int:
+    """Token ids that `entries` uses: padding, a question for each key, each key with each value."""
+    return 1 + keys + keys * values
+
+
+def entries(seed: int, count: int, *, length: int, keys: int = 32, values: int = 8, fewest: int | None = None, start: int = 0) -> Batch:
+    """The rows of `pairs` with the same arguments, shorter: first the question (1 + key asked), then length - 1 entries
+    (1 + keys + values * key + value). ValueError: as `pairs`."""
+    ids, live, label = pairs(seed, count, length=2 * length, keys=keys, values=values, fewest=fewest, start=start)
+    key, value, live = ids[:, 2::2] - 2, ids[:, 3::2] - 2 - keys, live[:, 1::2]
+    told = np.where(live[:, 1:], 1 + keys + values * key + value, PAD)
+    return Batch(np.concatenate([ids[:, 1:2] - 1, told], 1).astype(np.int32), live, label)
 
 
 def texts(seed: int, count: int, *, length: int, split: str = "eval") -> Batch:

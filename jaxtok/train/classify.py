@@ -35,12 +35,13 @@ def make_loss(cfg: EncoderConfig, recipe: Recipe = PLAIN, *, smooth: float = 0.0
     """loss_fn of `fit` for batches of `logits` with "label": i32 [b]. loss = mean over rows of CE(logits, label), in which the label has
     1 - smooth and all classes share `smooth`; the metric `right` is the share of rows whose best class is the label."""
     check.between("smooth", smooth, 0, 1)
-    if cfg.out is None:
+    classes = cfg.out
+    if classes is None:
         raise ValueError("the encoder has no head: give EncoderConfig(out=classes)")
 
     def loss_fn(params, batch, key):
         said = logits(cfg, params, batch, recipe, key=key, **options)
-        want = optax.smooth_labels(jax.nn.one_hot(batch["label"], cfg.out, dtype=said.dtype), smooth)
+        want = optax.smooth_labels(jax.nn.one_hot(batch["label"], classes, dtype=said.dtype), smooth)
         hit = jnp.argmax(said, -1).astype(jnp.int32) == batch["label"]
         return jnp.mean(optax.softmax_cross_entropy(said, want)), {"right": jnp.mean(hit.astype(jnp.float32))}
 

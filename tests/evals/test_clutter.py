@@ -1,6 +1,7 @@
 """Digits on cluttered canvases: what stands where, that a number alone decides, the split."""
 
 import numpy as np
+import pytest
 
 from jaxtok.evals import clutter
 from jaxtok.evals.digits import MEAN, STD, Digits
@@ -47,3 +48,17 @@ def test_split(data):
     assert b.images.shape == (1000, 56, 56, 1) and set(b.label.tolist()) == set(range(10))
     assert np.bincount(b.label).min() > 60
     assert np.array_equal(clutter.held_out(data).images[:3], b.images[:3])
+
+
+def test_places_a_step_apart(monkeypatch):
+    """Without pieces, the middle of the bright block tells where the window of 26 pixels begins."""
+    monkeypatch.setattr(clutter, "PIECES", (0, 0))
+    for step, most in ((1, 30), (7, 4)):
+        bright = clutter.canvases(drawn(), np.full(80, 9, np.int32), [(0, i) for i in range(80)], step=step) > 0.5
+        corner = np.array([[np.mean(at) - 12.5 for at in np.nonzero(one)] for one in bright])
+        whole = np.round(corner / step)
+        assert np.abs(corner - step * whole).max() < 0.3 and whole.min() >= 0 and whole.max() == most
+        assert len(np.unique(whole[:, 0])) > min(most, 20)
+    for step in (0, 31):
+        with pytest.raises(ValueError):
+            clutter.canvases(drawn(), np.zeros(1, np.int32), [(0, 0)], step=step)

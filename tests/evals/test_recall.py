@@ -23,6 +23,22 @@ def test_pairs(fewest):
     assert len(set(b.label.tolist())) == values
 
 
+@pytest.mark.parametrize("fewest", [None, 3])
+def test_entries(fewest):
+    """The label by a search, and the same rows as `pairs`."""
+    keys, values = 12, 5
+    b = recall.entries(0, 40, length=9, keys=keys, values=values, fewest=fewest)
+    two = recall.pairs(0, 40, length=18, keys=keys, values=values, fewest=fewest)
+    assert b.ids.shape == (40, 9) and b.ids.max() < recall.entries_vocab(keys, values) and np.array_equal(b.label, two.label)
+    for ids, live, label, long in zip(b.ids, b.live, b.label, two.ids, strict=True):
+        asked, *told = ids[live].tolist()
+        held = dict(divmod(t - 1 - keys, values) for t in told)
+        assert 1 <= asked <= keys and len(held) == len(told) and held[asked - 1] == label
+        assert [(2 + k, 2 + keys + v) for k, v in held.items()] == [tuple(p) for p in long[2 : 2 + 2 * len(told)].reshape(-1, 2).tolist()]
+        assert live[: len(told) + 1].all() and not ids[~live].any()
+    assert b.live.all() if fewest is None else len(set(b.live.sum(1).tolist())) > 3
+
+
 def test_texts():
     b = recall.texts(1, 4, length=120)
     for ids, live, label, e in zip(b.ids, b.live, b.label, tasks.examples("kv_recall", 4, length=120, seed=1), strict=True):
@@ -35,3 +51,5 @@ def test_texts():
 def test_refuses(given):
     with pytest.raises(ValueError):
         recall.pairs(0, 1, **({"length": 12} | given))
+    with pytest.raises(ValueError):
+        recall.entries(0, 1, length=40, keys=8)

@@ -204,10 +204,12 @@ def test_other_attention_in_encoders(tmp_path, monkeypatch):
     digits = Digits(np.random.default_rng(0).integers(0, 255, (20, 28, 28), np.uint8), (np.arange(20) % 10).astype(np.uint8))
     monkeypatch.setattr(m.classify, "make_loss", counted)
     monkeypatch.setattr(m, "load", lambda _: digits)
-    monkeypatch.setattr(m.clutter, "held_out", lambda: m.clutter.batch(digits, 0, 10))
-    monkeypatch.setattr(m, "CONFIGS", {t: dataclasses.replace(c, width=8, heads=2, hidden=8) for t, c in m.CONFIGS.items()})
+    monkeypatch.setattr(m.clutter, "held_out", lambda step: m.clutter.batch(digits, 0, 10, step=step))
+    monkeypatch.setattr(m, "CONFIGS", {t: dataclasses.replace(c, width=8, heads=2, hidden=8, layers=2) for t, c in m.CONFIGS.items()})
     args = m.Args(steps=3, batch=2, rows=4, systems=("biformer", "ponet"), out=tmp_path)
     first = m.main(args)
     assert [(r["task"], r["system"]) for r in first] == [("clutter", "biformer"), ("recall", "ponet")] and len(traces) == 2
     assert all((tmp_path / r["task"] / r["system"] / "curves.png").is_file() for r in first)
     assert [r["right"] for r in m.main(args)] == [r["right"] for r in first] and len(traces) == 2
+    page = (tmp_path / "README.md").read_text()
+    assert all(f"| {r['system']} | {r['right']:.3f} |" in page and (tmp_path / f"{r['task']}.png").is_file() for r in first)

@@ -61,8 +61,9 @@ def test_loss_by_hand():
     ],
 )
 def test_they_learn(cfg, data, recipe, options):
-    state = fit(make_loss(cfg, recipe, **options), begin(cfg, recipe), data, optimizer=optax.adam(1e-2), steps=60, progress=False)
-    assert right(cfg, state.params, data(1000, 100), recipe, **options).mean() > 0.8
+    """120 steps leave each at 0.99 or more (half as many would not: full attention itself has 0.6 of the pictures then)."""
+    state = fit(make_loss(cfg, recipe, **options), begin(cfg, recipe), data, optimizer=optax.adam(1e-2), steps=120, progress=False)
+    assert right(cfg, state.params, data(1000, 200), recipe, **options).mean() > 0.9
 
 
 def test_refuses():

@@ -171,10 +171,10 @@ class BiFormer(Mixer):
         b, _, h, d = q.shape
         cut = lambda x: regions(x, grid, self.side)
         there, wide = cut(live), lambda x: cut(x.reshape(b, -1, h * d))
-        graph, value = route(wide(q), wide(k), there, topk, (h * d) ** -0.5)
+        graph, value = route(wide(q), wide(k), there, topk, max(h * d, 1) ** -0.5)
         if self.variant == "official":
             there = there | ~cut(jnp.ones_like(live))  # what pads the grid
         share = jax.nn.softmax(value, -1) if self.soft else None
-        scale = (h * d if self.variant == "official" else d) ** -0.5
+        scale = max(h * d if self.variant == "official" else d, 1) ** -0.5
         out = regional(cut(q), cut(k), cut(v), there, graph[:, None], scale, share)
         return cells(out, grid, self.side)

@@ -75,7 +75,7 @@ def approximate(
         out = jnp.einsum("bhnd,bhde->bhne", q, jnp.einsum("bhnd,bhne->bhde", key, v))
         out = out / jnp.maximum(jnp.einsum("bhnd,bhd->bhn", q, total), 1e-30)[..., None]
         return jnp.where(live[:, None, :, None], out, 0.0)
-    segment, scale = landmark_of(live, landmarks), q.shape[-1] ** -0.5
+    segment, scale = landmark_of(live, landmarks), max(q.shape[-1], 1) ** -0.5
     mean = lambda x: means(x, size, segment, landmarks)[0]
     key, total = means(k, size, segment, landmarks)
     dot = lambda a, b: scale * jnp.einsum("bhnd,bhmd->bhnm", a, b)

@@ -26,7 +26,7 @@ def capture(x: Float[Array, "b n c"], live: Bool[Array, "b n"], slots: int) -> C
     """The `slots` live rows of largest scaled dot product with the mean live row; no gradient through the choice."""
     y = jnp.where(live[..., None], lax.stop_gradient(x).astype(jnp.float32), 0.0)
     mean = jnp.sum(y, 1) / jnp.maximum(jnp.sum(live, -1, keepdims=True), 1).astype(jnp.float32)
-    score = jnp.where(live, jnp.einsum("bnc,bc->bn", y, mean) * x.shape[-1] ** -0.5, LOW)
+    score = jnp.where(live, jnp.einsum("bnc,bc->bn", y, mean) * max(x.shape[-1], 1) ** -0.5, LOW)
     index = lax.top_k(score, min(slots, x.shape[1]))[1]
     there = jnp.take_along_axis(live, index, 1)
     return Captured(jnp.where(there[..., None], jnp.take_along_axis(x, index[..., None], 1), jnp.zeros((), x.dtype)), there)
@@ -36,7 +36,7 @@ def reweave(x: Float[Array, "b n c"], memory: list[Captured], read: list[Float[A
     """f32: r_t = sum over layers l and slots j of softmax_{l,j}(x_t . H_lj / sqrt(c)) H_lj W_l; 0 where nothing is remembered."""
     rows = [m.rows.astype(jnp.float32) for m in memory]
     there = jnp.concatenate([m.there for m in memory], 1)[:, None]
-    logit = jnp.einsum("bnc,bmc->bnm", x.astype(jnp.float32), jnp.concatenate(rows, 1)) * x.shape[-1] ** -0.5
+    logit = jnp.einsum("bnc,bmc->bnm", x.astype(jnp.float32), jnp.concatenate(rows, 1)) * max(x.shape[-1], 1) ** -0.5
     share = jnp.where(there, jax.nn.softmax(jnp.where(there, logit, LOW), -1), 0.0)
     return share @ jnp.concatenate([h @ w.astype(jnp.float32) for h, w in zip(rows, read, strict=True)], 1)
 

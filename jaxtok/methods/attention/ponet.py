@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxtok.core import check
-from jaxtok.core.matching import packed_order, scatter
 from jaxtok.core.mixer import Layer, Mixer
 from jaxtok.core.registry import register
 
@@ -20,20 +19,21 @@ def globally(q: Float[Array, "b h n d"], k: Float[Array, "b h n d"], v: Float[Ar
     q, k, v = (jnp.where(here, x.astype(jnp.float32), 0.0) for x in (q, k, v))
     number = jnp.maximum(jnp.sum(live, -1), 1).astype(jnp.float32)
     mean = jnp.sum(q, 2) / number[:, None, None]
-    logit = jnp.einsum("bhd,bhnd->bhn", mean, k) * q.shape[-1] ** -0.5
+    logit = jnp.einsum("bhd,bhnd->bhn", mean, k) * max(q.shape[-1], 1) ** -0.5
     share = jnp.where(live[:, None], jax.nn.softmax(jnp.where(live[:, None], logit, LOW), -1), 0.0)
     return jnp.einsum("bhn,bhnd->bhd", share, v)
 
 
 def segment_pool(x: Float[Array, "b n c"], live: Bool[Array, "b n"], segments: int) -> Float[Array, "b n c"]:
-    """The maximum over each row's segment of n // segments + 1 live rows; 0 in dead rows."""
+    """The maximum over the live ones of each row's segment of n // segments + 1 rows, counted from the first live row; 0 in dead rows."""
     b, n, c = x.shape
-    size = n // segments + 1
-    order = packed_order(live)  # live rows first: a segment is a stretch of them
-    front = jnp.take_along_axis(jnp.where(live[..., None], x, LOW), order[..., None], 1)
+    size, first = n // segments + 1, jnp.argmax(live, -1, keepdims=True).astype(jnp.int32)
+    row = jnp.arange(n, dtype=jnp.int32)[None]
+    turn = lambda x, by: jnp.take_along_axis(x, ((row + by) % n)[..., None], 1)
+    front = turn(jnp.where(live[..., None], x, LOW), first)  # segments are counted from the first live row
     cut = jnp.pad(front, ((0, 0), (0, -n % size), (0, 0)), constant_values=LOW).reshape(b, -1, size, c)
     most = jnp.repeat(jnp.max(cut, 2), size, 1)[:, :n]
-    return jnp.where(live[..., None], scatter(order, most), 0.0)
+    return jnp.where(live[..., None], turn(most, -first), 0.0)
 
 
 def local_pool(x: Float[Array, "b n c"], live: Bool[Array, "b n"], window: int) -> Float[Array, "b n c"]:
@@ -82,9 +82,9 @@ class PoNet(Mixer):
         out_t = (G + S_t) * O_t + L_t   (by elements),   then the layer's output projection
 
     Q, K, V are the layer's own projections; O, segment and local are the method's (`out`, `segment`, `local` [c h*d], with biases).
-    variant="official": V = K, the layer's v is not used; "paper": a V of its own, the layer's v. A segment holds n // segments + 1 live
-    rows, as the official code for LRA cuts them, so trailing segments may be empty; n counts dead rows too: padding that changes n changes
-    the segments, and nothing else. `segments` is ours to choose: pre-trained models take sentences, which are not carried here. Only max
+    variant="official": V = K, the layer's v is not used; "paper": a V of its own, the layer's v. A segment holds n // segments + 1
+    rows from the first live row on, as the official code for LRA cuts them, so trailing segments may be empty; n counts dead rows too:
+    padding that changes n changes the segments, and nothing else. `segments` is ours to choose: pre-trained models take sentences, which are not carried here. Only max
     pooling; a query never weighs single rows, so equal neighbours cannot be told apart by content, only by maxima.
 
     Special cases: one row: out = (V + S) * O + L. segments=1: one maximum over everything. Dead rows neither count nor are pooled; they
@@ -112,6 +112,6 @@ class PoNet(Mixer):
         b, h, n, d = layer.q.shape
         project = lambda name: layer.x @ params[name].astype(layer.x.dtype) + params[name + "_bias"].astype(layer.x.dtype)[None, None]
         v = layer.k if self.variant == "official" else layer.v
-        live, sizes = layer.pos >= 0, dict(segments=self.segments, window=self.window)
-        mixed = pool(layer.q, layer.k, v, *(project(name) for name in ("out", "segment", "local")), live, **sizes)
+        out, segment, local = (project(name) for name in ("out", "segment", "local"))
+        mixed = pool(layer.q, layer.k, v, out, segment, local, layer.pos >= 0, segments=self.segments, window=self.window)
         return layer.out(mixed.astype(layer.x.dtype).reshape(b, n, h, d).transpose(0, 2, 1, 3)), ()

@@ -1,5 +1,7 @@
 """A layer of an encoder for the methods that attend in its place: plain arrays, softmax attention in numpy, an output that changes nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,14 +26,20 @@ def layer(q, k, v, *, x=None, live=None, size=None, grid=None) -> Layer:
     """q, k, v [b h n d]; what they do by themselves is `attention`."""
     q, k, v = (jnp.asarray(a) for a in (q, k, v))
     b, h, n, d = q.shape
-    live = np.ones((b, n), bool) if live is None else np.broadcast_to(live, (b, n))
-    pos = jnp.asarray(np.where(live, np.cumsum(live, 1) - 1, -1).astype(np.int32))
+    live = jnp.ones((b, n), bool) if live is None else jnp.broadcast_to(live, (b, n))
+    pos = jnp.where(live, jnp.cumsum(live, 1, dtype=jnp.int32) - 1, -1)
     size = jnp.ones((b, n), jnp.float32) if size is None else jnp.asarray(size, jnp.float32)
     bias = jnp.broadcast_to(jnp.log(size)[:, None], (b, h, n))
     attend = lambda q, k, v: attention(q, k, v, q_pos=pos, k_pos=pos, bias=bias, causal=False)[0]
     out = lambda y: y.transpose(0, 2, 1, 3).reshape(b, n, h * d)
     x = jnp.zeros((b, n, h * d), q.dtype) if x is None else jnp.asarray(x)
     return Layer(x, q, k, v, pos, size, grid, attend, out)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "grid", "i"))
+def mix(method, params, q, k, v, *, x=None, live=None, size=None, grid=None, i=0):
+    """What layer i's attention block adds, in one program: done eagerly, each operation in it would be compiled by itself."""
+    return method.mix(params, (), i, layer(q, k, v, x=x, live=live, size=size, grid=grid))[0]
 
 
 def softmax(logit, there=None) -> np.ndarray:
@@ -69,12 +77,15 @@ def exponent(make, *, h: int = 4, d: int = 16) -> float:
     return float(np.polyfit(np.log(LENGTHS), np.log([flops(n) for n in LENGTHS]), 1)[0])
 
 
-def slope(fn, *args, eps: float = 1e-3, seed: int = 0) -> tuple[float, float]:
-    """(directional derivative by autodiff, by a central difference) of sum(fn(*args) * w) along a random direction, float32."""
+def gradients(fn, *args, eps: float = 1e-3, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Gradients of sum(fn(*args) * w), w random: finite, and along a random direction what a central difference in float32 gives."""
     rng = np.random.default_rng(seed)
     args = [jnp.asarray(a) for a in args]
     step = [jnp.asarray(rng.normal(size=a.shape).astype(np.float32)) for a in args]
     weight = jnp.asarray(rng.normal(size=jax.eval_shape(fn, *args).shape).astype(np.float32))
-    value = jax.jit(lambda t: jnp.sum(fn(*(a + t * s for a, s in zip(args, step, strict=True))) * weight))
-    ahead, behind = (float(value(jnp.float32(t))) for t in (eps, -eps))
-    return float(jax.jit(jax.grad(value))(jnp.float32(0.0))), (ahead - behind) / (2 * eps)
+    both = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(fn(*a) * weight), tuple(range(len(args)))))
+    ahead, behind = (float(both(*(a + t * s for a, s in zip(args, step, strict=True)))[0]) for t in (eps, -eps))
+    grads = both(*args)[1]
+    got, want = sum(float(jnp.vdot(g, s)) for g, s in zip(grads, step, strict=True)), (ahead - behind) / (2 * eps)
+    assert abs(got - want) < 2e-2 * max(1, abs(want)) and all(np.isfinite(g).all() for g in grads)
+    return tuple(np.asarray(g) for g in grads)

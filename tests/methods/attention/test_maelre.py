@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.core.reduce import reduce
 from jaxtok.core.types import SPECIAL, Evidence
 from jaxtok.methods import MAELRE, MAELREMerge
 from jaxtok.methods.attention.maelre import approximate, inverse, landmark_of, maelre
 from jaxtok.models import encoder, vit
-from tests.methods.attention.layers import config, exponent, full, layer, normal, slope, softmax
-from tests.methods.vision.toyrows import rows
+from tests.methods.attention.layers import config, exponent, full, gradients, mix, normal, softmax
+from tests.methods.vision.toyrows import do, reduced, rows
 
 small = {
     "maelre.attention": lambda n: MAELRE(switch=4, landmarks=3, kind="nystrom"),
@@ -82,14 +81,14 @@ def test_as_many_landmarks_as_rows_are_exact(kind):
     live = np.arange(n) >= np.array([[0], [3]])
     size = np.where(live, np.arange(1, n + 1) % 3 + 1.0, 0).astype(np.float32)
     method = MAELRE(switch=0, landmarks=n, kind=kind, rounds=40)
-    got = method.mix({}, (), 0, layer(q, k, v, live=live, size=np.maximum(size, 1)))[0]
+    got = mix(method, {}, q, k, v, live=live, size=np.maximum(size, 1))
     np.testing.assert_allclose(got, full(q, k, v, live, np.maximum(size, 1)), atol=1e-4 if kind == "pooled" else 2e-3)
 
 
 def test_short_sequences_get_their_own_attention():
     """The switch is the width where nothing else is said."""
     q, k, v = (normal(i, 1, 2, 9, 4) for i in range(3))
-    one = lambda switch: MAELRE(switch=switch, landmarks=2).mix({}, (), 0, layer(q, k, v))[0]
+    one = lambda switch: mix(MAELRE(switch=switch, landmarks=2), {}, q, k, v)
     np.testing.assert_allclose(one(9), full(q, k, v), atol=1e-5)
     assert np.abs(np.asarray(one(8)) - full(q, k, v)).max() > 1e-3
     np.testing.assert_allclose(one(None), one(8), atol=0)  # nine rows, eight channels
@@ -105,10 +104,7 @@ def test_gradients(kind):
     q, k, v = (normal(i, 2, 2, 9, 4) for i in range(3))
     size = jnp.asarray(np.where(np.arange(9) >= np.array([[0], [4]]), 1.0, 0.0), jnp.float32)
     fn = lambda *a: approximate(*a, size, kind=kind, landmarks=3)
-    got, want = slope(fn, q, k, v)
-    assert abs(got - want) < 2e-2 * max(1, abs(want))
-    grads = jax.grad(lambda *a: jnp.sum(fn(*a) ** 2), (0, 1, 2))(*map(jnp.asarray, (q, k, v)))
-    assert all(np.isfinite(g).all() and not np.asarray(g)[1, :, :4].any() for g in grads)
+    assert not any(g[1, :, :4].any() for g in gradients(fn, q, k, v))
 
 
 # --- the merge ----------------------------------------------------------------------------------------------------------------
@@ -135,11 +131,11 @@ def merged(metric, x, size, ratio):
 @pytest.mark.parametrize("ratio, n", [(0.5, 12), (0.5, 13), (0.7, 11), (1.0, 6)])
 def test_merge(ratio, n):
     metric, x = normal(0, 2, n, 5), normal(1, 2, n, 3)
-    live = np.arange(n) >= np.array([[0], [2]])
+    live = np.arange(n) >= np.array([[0], [n - 5]])  # each sequence by its own number of rows
     tokens = rows(x, special=0, live=live, size=np.random.default_rng(0).integers(1, 4, (2, n)))
     method = MAELREMerge(ratio=ratio)
-    plan = method.plan({}, method.start({}, tokens), tokens, Evidence(keys=jnp.asarray(metric)[:, None]))[1]
-    out = reduce(plan, tokens)
+    plan = do(method, "plan", {}, method.start({}, tokens), tokens, Evidence(keys=jnp.asarray(metric)[:, None]))[1]
+    out = reduced(plan, tokens, "keep")
     assert out.x.shape[1] == method.count(n, n)
     np.testing.assert_allclose(out.size.sum(1), tokens.size.sum(1))
     for i in range(2):
@@ -151,8 +147,8 @@ def test_merge(ratio, n):
 def test_special_rows_stay():
     tokens = rows(normal(0, 1, 9, 4), special=1)
     method = MAELREMerge(special=1)
-    plan = method.plan({}, method.start({}, tokens), tokens, Evidence(keys=jnp.asarray(normal(1, 1, 1, 9, 4))))[1]
-    out = reduce(plan, tokens)
+    plan = do(method, "plan", {}, method.start({}, tokens), tokens, Evidence(keys=jnp.asarray(normal(1, 1, 1, 9, 4))))[1]
+    out = reduced(plan, tokens, "keep")
     assert out.x.shape[1] == 5 and (np.asarray(out.kind) == SPECIAL).sum() == 1
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtok.methods import PoNet
 from jaxtok.methods.attention.ponet import globally, local_pool, pool, segment_pool
-from tests.methods.attention.layers import config, exponent, layer, normal, slope, softmax
+from tests.methods.attention.layers import config, exponent, gradients, mix, normal, softmax
 from tests.methods.golden import cases
 
 small = {"ponet": lambda n: PoNet(segments=4), "ponet:paper": lambda n: PoNet(segments=3, variant="paper")}
@@ -73,6 +73,9 @@ def test_padding_says_nothing():
     dead = [np.where(live[:, None], x, 1e30).astype(np.float32) for x in arrays]
     one, two = (run(*map(jnp.asarray, x), jnp.asarray(live[None]), segments=3) for x in (arrays, dead))
     assert np.array_equal(one, two) and not np.asarray(one)[0, :4].any()
+    short = [x[..., 4:, :] for x in arrays]  # with one segment the number of rows does not matter
+    one_segment = [run(*map(jnp.asarray, (*x, there[None])), segments=1) for x, there in ((arrays, live), (short, live[4:]))]
+    np.testing.assert_allclose(one_segment[0][0, 4:], one_segment[1][0], atol=1e-6)
     moved = [np.roll(x, -4, -2) for x in arrays]
     behind = run(*map(jnp.asarray, moved), jnp.asarray(np.roll(live, -4)[None]), segments=3)
     np.testing.assert_allclose(behind[0, :7], one[0, 4:], atol=1e-6)
@@ -84,21 +87,17 @@ def test_variants():
     official, paper = PoNet(segments=2), PoNet(segments=2, variant="paper")
     (params,) = official.init_params(jax.random.key(0), config(2, 3))
     assert {name: p.shape for name, p in params.items() if "bias" not in name} == dict.fromkeys(("out", "segment", "local"), (6, 6))
-    mix = lambda method, values: method.mix(params, (), 0, layer(q, k, values, x=x))[0]
-    np.testing.assert_allclose(mix(official, v), mix(official, 0 * v), atol=0)
-    np.testing.assert_allclose(mix(paper, k), mix(official, v), atol=1e-6)
-    assert np.abs(mix(paper, v) - mix(official, v)).max() > 0.01
+    run = lambda method, values: mix(method, params, q, k, values, x=x)
+    np.testing.assert_allclose(run(official, v), run(official, 0 * v), atol=0)
+    np.testing.assert_allclose(run(paper, k), run(official, v), atol=1e-6)
+    assert np.abs(run(paper, v) - run(official, v)).max() > 0.01
 
 
 def test_gradients():
     arrays = [normal(i, 2, 2, 7, 3) for i in range(3)] + [normal(i, 2, 7, 6) for i in range(3, 6)]
     live = jnp.asarray(np.arange(7) >= np.array([[0], [3]]))
     fn = lambda *a: pool(*a, live, segments=2)
-    got, want = slope(fn, *arrays)
-    assert abs(got - want) < 2e-2 * max(1, abs(want))
-    grads = jax.grad(lambda *a: jnp.sum(fn(*a) ** 2), tuple(range(6)))(*map(jnp.asarray, arrays))
-    assert all(np.isfinite(g).all() for g in grads)
-    assert all(not np.asarray(g)[1][..., :3, :].any() for g in grads)  # dead rows
+    assert all(np.any(g) and not g[1][..., :3, :].any() for g in gradients(fn, *arrays))  # dead rows
 
 
 def test_official_outputs(data):
