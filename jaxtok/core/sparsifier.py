@@ -133,7 +133,7 @@ def with_tokens(table: BlockTable, tokens: Bool[Array, "b _ nq n"], block_k: int
 def for_heads(table: BlockTable, lists: int) -> BlockTable:
     """One list for all heads, as `lists` equal ones."""
     check.count("lists", lists)
-    return BlockTable(*(None if x is None else jnp.broadcast_to(x, (x.shape[0], lists, *x.shape[2:])) for x in table))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (x.shape[0], lists, *x.shape[2:])), table)
 
 
 def block_means(x: Float[Array, "b e n d"], live: Bool[Array, "b n"], block: int) -> Float[Array, "b e nb d"]:
@@ -144,3 +144,29 @@ def block_means(x: Float[Array, "b e n d"], live: Bool[Array, "b n"], block: int
     x = jnp.pad(jnp.where(live[:, None, :, None], x.astype(jnp.float32), 0.0), ((0, 0), (0, 0), (0, pad), (0, 0)))
     count = jnp.sum(jnp.pad(live, ((0, 0), (0, pad))).reshape(b, 1, -1, block), -1).astype(jnp.float32)
     return jnp.sum(x.reshape(b, e, -1, block, d), 3) / jnp.maximum(count, 1.0)[..., None]
+
+
+def between(value: Float[Array, "b e n"], low: Int[Array, "nq nk"], high: Int[Array, "nq nk"]) -> Float[Array, "b e nq nk"]:
+    """The sum of value[low:high], bounds clipped into 0 to n, by a running sum; 0 where low >= high."""
+    total = jnp.pad(jnp.cumsum(value.astype(jnp.float32), -1), ((0, 0), (0, 0), (1, 0)))
+    low, high = (jnp.clip(x, 0, value.shape[-1]) for x in (low, high))
+    return jnp.where(low < high, total[:, :, high] - total[:, :, low], 0.0)
+
+
+def chunk_sums(
+    x: Float[Array, "b n d"], number: Int[Array, "b n"], live: Bool[Array, "b n"], chunks: int
+) -> tuple[Int[Array, "b c"], Int[Array, "b c"], Float[Array, "b c d"]]:
+    """First row, row behind the last, and sum of the rows of each of `chunks` chunks; those that are not there are empty, at row n.
+
+    number: the chunk of each live row, ascending.
+    """
+    check.count("chunks", chunks)
+    n, row = x.shape[1], jnp.arange(x.shape[1], dtype=jnp.int32)
+    at = jnp.where(live & (number >= 0), jnp.minimum(number, chunks), chunks)
+    one = lambda x, at: (
+        jnp.full((chunks + 1,), n, jnp.int32).at[at].min(row)[:chunks],
+        jnp.full((chunks + 1,), 0, jnp.int32).at[at].max(row + 1)[:chunks],
+        jnp.zeros((chunks + 1, x.shape[1]), jnp.float32).at[at].add(x.astype(jnp.float32))[:chunks],
+    )
+    begin, end, total = jax.vmap(one)(x, at)
+    return begin, jnp.maximum(begin, end), total

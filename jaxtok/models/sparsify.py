@@ -39,19 +39,22 @@ def attend(
     dead = jnp.sum(pos < 0, -1, keepdims=True, dtype=jnp.int32)
     row = jnp.arange(n, dtype=jnp.int32)[None]
     there, back = (row + dead) % n, (row - dead) % n
-    move = lambda x, at: (
-        None
-        if x is None
-        else jnp.take_along_axis(x, at.reshape(at.shape[0], *(1,) * (x.ndim > 2), n, *(1,) * (x.ndim > 3)), 1 + (x.ndim > 2))
-    )
-    mine, keys, values, places, extra = (move(x, there) for x in (q, k, v, pos, bias))
+    mine, keys, values, places = (_move(x, there) for x in (q, k, v, pos))
+    extra = None if bias is None else _move(bias, there)
     look = View(jax.lax.stop_gradient(mine), jax.lax.stop_gradient(keys), places, layer, impl=impl, **see)
     table = method.table(params, look)
     blocks = dict[str, Any](block_q=method.block_q, block_k=method.block_k)
     out, lse = block_sparse(mine, keys, values, table, q_pos=places, k_pos=places, bias=extra, impl=impl, **blocks, **see)
-    out, lse = move(out, back), move(lse, back)
+    out, lse = _move(out, back), _move(lse, back)
     tail = min(method.tail, n)
     if not tail:
         return out, lse
     last = attention(q[:, :, -tail:], k, v, q_pos=pos[:, -tail:], k_pos=pos, bias=bias, diagonal=n - tail, impl=impl, **see)
     return jnp.concatenate([out[:, :, :-tail], last[0]], 2), jnp.concatenate([lse[:, :, :-tail], last[1]], 2)
+
+
+def _move(x: Array, at: Int[Array, "b n"]) -> Array:
+    """Rows `at` of x [b n], [b e n] or [b e n d]."""
+    b, n = at.shape
+    axis = 1 + (x.ndim > 2)
+    return jnp.take_along_axis(x, at.reshape(b, *(1,) * (axis - 1), n, *(1,) * (x.ndim - axis - 1)), axis)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.core import check
-from jaxtok.methods.prefill.dhsa import boundary_logits
 from jaxtok.ops.attention import attention
+from jaxtok.ops.boundaries import boundary_logits
 from jaxtok.ops.evidence import rows
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxtok.methods import DHSA
-from jaxtok.methods.prefill.dhsa import boundary_logits
 from jaxtok.models.config import Config
+from jaxtok.ops.boundaries import boundary_logits
 from jaxtok.train.dhsa import loss, ratios
 from tests.methods.prefill import views
 from tests.methods.prefill.test_vertical_slash import attention

@@ -92,7 +92,7 @@ class SALE(Sparsifier):
 
     def estimate(self, view: View) -> Float[Array, "b h nq nk"]:
         """log of the largest relative attention score of each block; -inf where no pair is visible."""
-        (b, g, n, d), size = view.k.shape, {"block_q": self.block_q, "block_k": self.block_k}
+        (b, g, n, d), size = view.k.shape, dict[str, Any](block_q=self.block_q, block_k=self.block_k)
         scale = d**-0.5 if view.scale is None else view.scale
         near, pos = self.near(view), jnp.broadcast_to(view.pos[:, None], (b, g, n))
         table = for_heads(best_blocks(jnp.where(near, 0.0, -jnp.inf), near, near, self.first), g)
