@@ -45,8 +45,11 @@ class Sparsifier(Method):
     puts the rows back.
 
     Causality is the attention's, too: a listed block that lies in the future is masked, only its work is wasted.
-    No query attends to a later key. Which earlier keys it attends to may depend on later tokens, though, by the method: those of its block of queries
-    (their mean), or of the prompt (its last rows, means, boundaries). That is so in the papers; it is why these methods are for prompts.
+    No query attends to a later key. Which earlier keys it attends to may depend on later tokens, though, by the method (each says so): on none
+    (a_shape: strictly causal), on those of its own block of queries (block_topk, dhsa's variant a), or on the prompt (its last rows, means,
+    boundaries: sale, vertical_slash, dhsa otherwise). That is so in the papers; it is why these methods are for prompts.
+
+    What was chosen and found no room in a list's static length is counted in the table's `lost`; `jaxtok.evals.sparsity.by_head` adds it up by layer.
     """
 
     block_q: int

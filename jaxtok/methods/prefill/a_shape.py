@@ -18,7 +18,7 @@ class AShape(Sparsifier):
 
         block y is read by block x  <=>  it holds one of the first `sinks` keys, a key of x, or one of the `local` keys before x
 
-    Whole blocks: a query reads up to a block more than it asks for, never less. sinks + local >= n is plain attention. One list for all heads;
+    Strictly causal. Whole blocks: a query reads up to a block more than it asks for, never less. sinks + local >= n is plain attention. One list for all heads;
     its static length is ceil(sinks / block_k) + ceil((local + block_q) / block_k) + 1, so cost grows as n.
     """
 

@@ -20,7 +20,7 @@ class BlockTopK(Sparsifier):
 
     `capacity` keys a block of queries, in whole blocks (rounded down, at least one). The block's own keys and the first `sinks` tokens are read
     in any case, inside the capacity. capacity >= n is plain attention. `shared`: one list a KV head, by the mean score of its h/g query
-    heads; else each query head has its own.
+    heads; else each query head has its own. Causal by blocks of queries: what one reads depends on no token behind it.
     """
 
     capacity: int

@@ -38,7 +38,8 @@ class SALE(Sparsifier):
     capacity: keys a block of queries reads at most, in whole blocks, the best first; None = all of them. It is what XLA's time follows, since
     XLA goes through a list's static length. What is over it is counted in the table's `lost`. The exact pass over sinks and window is repeated in the
     second: one attention over the union, equal to continuing the first's softmax. Blocks are read in the model's dtype, not in 8 bits.
-    The threshold is fixed after the first pass ("two pass" in the code). Biases of merged tokens are not in the estimate.
+    The threshold is fixed after the first pass ("two pass" in the code). Biases of merged tokens are not in the estimate, nor is a layer's window:
+    a block that straddles its edge may be read for a pair beyond it. What is chosen depends on the prompt's means of queries and keys.
     """
 
     tau: float = 0.004

@@ -31,6 +31,7 @@ class VerticalSlash(Sparsifier):
     table's mask), distances by whole blocks, in which the published code works too. Each query head has its own. verticals >= n is
     plain attention. The static length of a list is at most verticals + slashes * (1 + ceil(block_q / block_k)) blocks.
 
+    Not causal in what it chooses: the prompt's last rows decide for all.
     Which head of a model takes this pattern and with how many lines is searched offline in the paper; here all heads take it.
     """
 
