@@ -11,7 +11,7 @@ Expected: experiments/results/prefill_sparsity/results.json: for each setting th
 
 Length: the longest of `at` at which the model finds 90% of the needles. Density and error are those of each layer on the dense model's inputs; rows of
 the tail count as dense. Needles: half as many depths as cases, in the package's haystack. A decode step reads the whole cache, so what is lost is
-what the prompt's own rows did not read. Times: one layer's attention in float32, sides in turn, medians; XLA goes through a list's static
+what the prompt's own rows did not read. `+tail`: the last 64 rows dense, as DHSA has them in any case. Times: one layer's attention in float32, sides in turn, medians; XLA goes through a list's static
 length, so SALE is given a capacity there. Without JAXTOK_DATA the real checkpoint is left out.
 """
 
@@ -73,7 +73,9 @@ def settings(keys: Sequence[int], taus: Sequence[float], thetas: Sequence[float]
     out: dict[str, Sparsifier] = {}
     for c in keys:
         out[f"a_shape {c}"] = AShape(local=c - bk, sinks=bk, **blocks)
+        out[f"a_shape+tail {c}"] = AShape(local=c - bk, sinks=bk, tail=bq, **blocks)
         out[f"block_topk {c}"] = BlockTopK(capacity=c, sinks=bk, **blocks)
+        out[f"block_topk+tail {c}"] = BlockTopK(capacity=c, sinks=bk, tail=bq, **blocks)
         out[f"vertical_slash {c}"] = VerticalSlash(verticals=c // 8, slashes=c // 8, rows=bq, sinks=bk // 2, recent=bk // 2, **blocks)
         out[f"dhsa {c}"] = DHSA(capacity=c, chunks=n // bk, tail=bq, **first, **blocks)
         for variant in ("topk", "a", "vs", "vsb"):

@@ -33,6 +33,14 @@ class View(NamedTuple):
         """How many rows are live: the first so many."""
         return jnp.sum(self.pos >= 0, -1, dtype=jnp.int32)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """(b, h, g, n, d). ValueError where the arrays do not fit."""
+        (b, n), q, k = self.pos.shape, self.q.shape, self.k.shape
+        if len(q) != 4 or len(k) != 4 or not 0 < k[1] <= q[1] or q[1] % k[1] or q != (b, q[1], n, q[3]) or k != (b, k[1], n, q[3]):
+            raise ValueError(f"q, k, pos are {list(q)}, {list(k)}, {[b, n]}; they must be [b h n d], [b g n d], [b n], h a multiple of g")
+        return b, q[1], k[1], n, q[3]
+
     def blocks(self, size: int) -> int:
         """How many blocks of `size` the rows make; the last may be short."""
         return -(-self.pos.shape[1] // size)
@@ -128,7 +136,7 @@ def with_tokens(table: BlockTable, tokens: Bool[Array, "b _ nq n"], block_k: int
     check.count("block_k", block_k)
     index = table.index
     tokens = jnp.pad(tokens, [(0, 0)] * 3 + [(0, -tokens.shape[-1] % block_k)])
-    cut = tokens.reshape(*tokens.shape[:3], -1, block_k)
+    cut = tokens.reshape(*tokens.shape[:3], tokens.shape[-1] // block_k, block_k)
     cut = jnp.broadcast_to(cut, (index.shape[0], index.shape[1], *cut.shape[2:]))
     return table._replace(mask=jnp.take_along_axis(cut, jnp.maximum(index, 0)[..., None], 3) & (index >= 0)[..., None])
 
@@ -143,10 +151,10 @@ def block_means(x: Float[Array, "b e n d"], live: Bool[Array, "b n"], block: int
     """The mean of the live rows of each block, float32; zeros where none is live."""
     check.count("block", block)
     b, e, n, d = x.shape
-    pad = -n % block
+    pad, blocks = -n % block, -(-n // block)
     x = jnp.pad(jnp.where(live[:, None, :, None], x.astype(jnp.float32), 0.0), ((0, 0), (0, 0), (0, pad), (0, 0)))
-    count = jnp.sum(jnp.pad(live, ((0, 0), (0, pad))).reshape(b, 1, -1, block), -1).astype(jnp.float32)
-    return jnp.sum(x.reshape(b, e, -1, block, d), 3) / jnp.maximum(count, 1.0)[..., None]
+    count = jnp.sum(jnp.pad(live, ((0, 0), (0, pad))).reshape(live.shape[0], 1, blocks, block), -1).astype(jnp.float32)
+    return jnp.sum(x.reshape(b, e, blocks, block, d), 3) / jnp.maximum(count, 1.0)[..., None]
 
 
 def between(value: Float[Array, "b e n"], low: Int[Array, "nq nk"], high: Int[Array, "nq nk"]) -> Float[Array, "b e nq nk"]:

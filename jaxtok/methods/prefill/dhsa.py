@@ -52,18 +52,18 @@ class DHSA(Sparsifier):
             vsb:  the same of blocks, weights the last block of queries' scores; the first block and all of x's own blocks are among them
 
     The square roots make a score's variance independent of the length for i.i.d. keys. A chunk that the capacity cuts gives its older tokens
-    (its tokens tie). Forced keys are taken first, so nothing counts twice (the code overwrites top-k slots by the first tokens, and pads
-    with repeated indices). `local` counts keys before the block, all of whose own keys are read (our reading: the code counts from its end,
-    so a local below the block leaves its first queries without themselves). capacity >= n is plain attention.
+    (its tokens tie). Forced keys are taken first, so nothing counts twice (the code overwrites slots by the first tokens, and pads with repeated
+    indices). `local` counts keys before the block, all of whose own keys are read (our reading: the code counts from its end). capacity >= n is dense.
     room: chunks begin anywhere, so lists of "chunks" have room * capacity / block_k blocks and 4, statically; those with the most chosen
     tokens go first, and what finds no room is counted in the table's `lost`.
 
     Boundaries: every n / (chunks + 1) tokens, until a predictor is given: params["predictor"] (`init_params` with predicted=True; `width` keys on both
     sides of a gap, all KV heads side by side, encoded by a depthwise and a pointwise convolution, each with a relu; [l, r, |l-r|, l r, cos(l, r)] -> MLP -> logit).
     theta: only logits above it begin a chunk (1.1 in the code). None begins in the first or last `width` - 1 rows, and none is forced in front
-    of the tail (the code forces one there). Labels and loss of the predictor: `jaxtok.train.dhsa`.
-    With boundaries every block_k tokens "chunks" ranks blocks as block top-k does. In a and vs a block's first queries may miss keys of their own
-    block where block_q > block_k, as in the code. vs, vsb: the code reads the last block of queries whole: give tail >= block_q.
+    of the tail (the code forces one there). The predictor is trained by `jaxtok.train.dhsa`.
+    With boundaries every block_k tokens "chunks" ranks blocks as block top-k does. a, vs: where block_q > block_k a block's first queries may miss keys
+    of their own block, as in the code. vs, vsb: the code reads the last block of queries whole: give tail >= block_q. Causal by blocks of
+    queries is the choice of a alone; that of the others looks at the prompt (its length, boundaries, future keys, last rows).
     """
 
     capacity: int
@@ -102,20 +102,18 @@ class DHSA(Sparsifier):
         return self.capacity >= n
 
     def table(self, params, view: View) -> BlockTable:
-        if self.variant == "chunks":
-            return self._chunks((params or {}).get("predictor"), view)
-        return self._blocks(view)
+        return self._chunks((params or {}).get("predictor"), view) if self.variant == "chunks" else self._blocks(view)
 
     def _blocks(self, view: View) -> BlockTable:
-        size, live, g = (self.block_q, self.block_k), view.pos >= 0, view.k.shape[1]
+        (b, h, g, _, d), size, live = view.sizes, (self.block_q, self.block_k), view.pos >= 0
         seen, most, own = reach(view, *size), self.capacity // self.block_k, newest(view, *size, 0)
         first, alive = oldest(view, *size, 1), jnp.any(seen, 2)
         recent = own & ~jnp.pad(own[..., 1:], ((0, 0), (0, 0), (0, 0), (0, 1)))  # the last of its own blocks
         if self.variant == "vs":
             return best_blocks(self._drawn(view), seen, first | recent, most)
         q, k = block_means(view.q, live, self.block_q), block_means(view.k, live, self.block_k)
-        b, h, x, d = q.shape
-        score = jnp.einsum("bgqxd,bgyd->bgqxy", q.reshape(b, g, h // g, x, d), k).reshape(b, h, x, -1)
+        x, y = q.shape[2], k.shape[2]
+        score = jnp.einsum("bgqxd,bgyd->bgqxy", q.reshape(b, g, h // g, x, d), k).reshape(b, h, x, y)
         if self.variant == "topk":
             return best_blocks(score, jnp.any(seen, -1, keepdims=True) & alive[:, :, None], jnp.zeros_like(seen), most)
         if self.variant == "vsb":
@@ -170,18 +168,19 @@ class DHSA(Sparsifier):
 
     def _chunks(self, predictor, view: View) -> BlockTable:
         live, size, c = view.pos >= 0, (self.block_q, self.block_k), self.chunks + 1
-        (b, n), length, number = view.pos.shape, view.length, jnp.cumsum(self._begins(predictor, view), -1, dtype=jnp.int32) - 1
+        (b, _, g, n, _), length, number = view.sizes, view.length, jnp.cumsum(self._begins(predictor, view), -1, dtype=jnp.int32) - 1
         begin, end, k = chunk_sums(jnp.where(live[:, None, :, None], view.k.astype(jnp.float32), 0.0).mean(1), number, live, c)
         k = k / jnp.sqrt(jnp.maximum(end - begin, 1).astype(jnp.float32))[..., None]
         q = jnp.mean(block_means(view.q, live, size[0]), 1)
         first = (jnp.arange(view.blocks(size[0]), dtype=jnp.int32) * size[0])[None, :, None]
         last = jnp.minimum(first + size[0], length[:, None, None])
         score = jnp.einsum("bxd,bcd->bxc", q * jnp.sqrt(jnp.maximum(last - first, 1).astype(jnp.float32)), k)
-        # free keys: behind the sinks, before the window
-        window = jnp.maximum(first - self.local, 0)
-        low, high = jnp.maximum(begin[:, None], self.sinks), jnp.minimum(end[:, None], window)
+        # free keys: behind the sinks and the edge of a sliding layer, before the window
+        edge = jnp.zeros_like(first) if view.window is None else jnp.maximum(first - view.window + 1, 0)
+        window = jnp.maximum(first - self.local, edge)
+        low, high = jnp.maximum(begin[:, None], jnp.maximum(self.sinks, edge)), jnp.minimum(end[:, None], window)
         free = jnp.where(first < length[:, None, None], jnp.maximum(high - low, 0), 0)
-        forced = jnp.minimum(self.sinks, window) + jnp.maximum(last - window, 0)
+        forced = jnp.maximum(jnp.minimum(self.sinks, window) - edge, 0) + jnp.maximum(last - window, 0)
         order = jnp.argsort(-jnp.where(free > 0, finite(score), -jnp.inf), -1, stable=True)
         ranked = jnp.take_along_axis(free, order, -1)
         room = jnp.maximum(self.capacity - forced, 0) - (jnp.cumsum(ranked, -1) - ranked)
@@ -191,10 +190,10 @@ class DHSA(Sparsifier):
         low = jnp.broadcast_to(low, take.shape)
         rank, allowed = row - jnp.take_along_axis(low, of, -1), jnp.take_along_axis(take, of, -1)
         tokens = (rank >= 0) & (rank < allowed) & (row < window)
-        tokens = (tokens | (row < self.sinks) | (row >= window)) & (row < last) & (first < last)
-        cut = jnp.pad(tokens, ((0, 0), (0, 0), (0, -n % size[1]))).reshape(b, tokens.shape[1], -1, size[1])
+        tokens = (tokens | (row < self.sinks) | (row >= window)) & (row >= edge) & (row < last) & (first < last)
+        cut = jnp.pad(tokens, ((0, 0), (0, 0), (0, -n % size[1]))).reshape(b, tokens.shape[1], view.blocks(size[1]), size[1])
         many = jnp.sum(cut, -1, dtype=jnp.int32)[:, None]
         most = min(view.blocks(size[1]), math.ceil(self.room * self.capacity / size[1]) + 4)
         table = best_blocks(many.astype(jnp.float32), many > 0, newest(view, *size, 0), most)
         table = table._replace(lost=jnp.sum(many > 0, -1, dtype=jnp.int32) - table.count)
-        return for_heads(with_tokens(table, tokens[:, None], size[1]), view.k.shape[1])
+        return for_heads(with_tokens(table, tokens[:, None], size[1]), g)

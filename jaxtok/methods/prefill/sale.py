@@ -102,7 +102,7 @@ class SALE(Sparsifier):
         return low_bit(view.q, view.k, lse=lse, tile=self.tile, bits=self.bits, scale=scale, impl=view.impl, **see, **size)
 
     def table(self, params, view: View) -> BlockTable:
-        size, heads = (self.block_q, self.block_k), view.q.shape[1]
+        size, heads = (self.block_q, self.block_k), view.sizes[1]
         tau = jnp.full((heads,), self.tau, jnp.float32)
         if params and "tau" in params:
             if params["tau"].ndim != 2 or params["tau"].shape[1] != heads:

@@ -63,7 +63,7 @@ class VerticalSlash(Sparsifier):
     def table(self, params, view: View) -> BlockTable:
         see: dict[str, Any] = dict(window=view.window, softcap=view.softcap, scale=view.scale, impl=view.impl)
         vertical, slash = lines(view.q, view.k, view.pos, last=self.rows, **see)
-        n, size = view.pos.shape[1], (self.block_q, self.block_k)
+        (_, _, _, n, _), size = view.sizes, (self.block_q, self.block_k)
         number = jnp.arange(n, dtype=jnp.int32)[None, None]
         live = jnp.broadcast_to((view.pos >= 0)[:, None], vertical.shape)
         key = select.choose(jnp.where(number < self.sinks, 1e9, vertical), live, self.verticals)
@@ -74,7 +74,7 @@ class VerticalSlash(Sparsifier):
             apart.astype(jnp.float32), first - start - size[1] + 1, first - start + size[0]
         )  # chosen distances between two blocks
         slanted = (many > 0) | newest(view, *size, 0)
-        some = jnp.any(jnp.pad(key, ((0, 0), (0, 0), (0, -n % size[1]))).reshape(*key.shape[:2], -1, size[1]), -1)
+        some = jnp.any(jnp.pad(key, ((0, 0), (0, 0), (0, -n % size[1]))).reshape(*key.shape[:2], view.blocks(size[1]), size[1]), -1)
         score = jnp.where(slanted | some[:, :, None], 0.0, -jnp.inf)
         most = self.verticals + self.slashes * (1 + -(-size[0] // size[1])) + -(-size[0] // size[1]) + 1
         table = best_blocks(score, reach(view, *size), slanted, most)

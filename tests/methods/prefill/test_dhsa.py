@@ -22,6 +22,13 @@ small = {
 }
 
 
+def chunk_scores(mean_q, mean_k, start, block):
+    """[nq c] of the card, from queries and keys averaged over heads."""
+    keys = [mean_k[a:z].mean(0) * np.sqrt(z - a) for a, z in itertools.pairwise(start)]
+    queries = [mean_q[r : r + block].mean(0) * np.sqrt(len(mean_q[r : r + block])) for r in range(0, len(mean_q), block)]
+    return np.array(queries) @ np.array(keys).T
+
+
 def chunked(method, x, begins):
     """bool [b n n] token by token: forced keys, then the tokens of the best chunks, older first."""
     q, k, pos = (np.asarray(a, np.float64) for a in (x.q, x.k, x.pos))
@@ -30,19 +37,29 @@ def chunked(method, x, begins):
     for i in range(b):
         length = int((pos[i] >= 0).sum())
         start = [*begins[i], length]
-        mean_k, mean_q = k[i].mean(0), q[i].mean(0)
-        keys = [mean_k[a:z].mean(0) * np.sqrt(z - a) for a, z in itertools.pairwise(start)]
+        scores = chunk_scores(q[i].mean(0)[:length], k[i].mean(0), start, method.block_q)
         for r in range(0, length, method.block_q):
             last = min(r + method.block_q, length)
-            query = mean_q[r:last].mean(0) * np.sqrt(last - r)
-            forced = {j for j in range(last) if j < method.sinks or j >= r - method.local}
+            edge = 0 if x.window is None else r - x.window + 1
+            forced = {j for j in range(last) if j >= edge and (j < method.sinks or j >= r - method.local)}
             left = method.capacity - len(forced)
-            for c in sorted(range(len(keys)), key=lambda c: -(query @ keys[c])):
-                free = [j for j in range(start[c], start[c + 1]) if j not in forced and j < last]
+            for c in sorted(range(len(start) - 1), key=lambda c: -scores[r // method.block_q, c]):
+                free = [j for j in range(start[c], start[c + 1]) if j not in forced and edge <= j < last]
                 forced |= set(free[: max(left, 0)])
                 left -= len(free)
             out[i, r:last] = np.isin(np.arange(n), sorted(forced))[None]
     return out & views.seen(x)
+
+
+def test_chunks_of_a_sliding_layer_equal_numpy():
+    """Keys behind the window take no place."""
+    x = views.view(1, window=9)
+    method = DHSA(capacity=9, chunks=5, **HOW)
+    got, want = views.tokens(method, x), chunked(method, x, uniform(x, 5))
+    row = np.arange(24)
+    seen = row[:, None] - row[None] < 9
+    np.testing.assert_array_equal(got & seen, np.broadcast_to(want[:, None], got.shape) & seen)
+    assert not np.array_equal(want & seen, chunked(method, x._replace(window=None), uniform(x, 5)) & seen)
 
 
 def uniform(x, chunks):
@@ -224,6 +241,20 @@ def test_official_masks(data):
             assert all(head[-1] == set(range(n // bk)) for head in want)
             got, want = ([head[:-1] for head in x] for x in (got, want))
         assert got == want, variant
+
+
+def test_official_chunk_scores(data):
+    """xiongsiheng/DHSA, first version: besides the last 16 keys, each block of queries takes the 32 causal tokens that score best by chunk here; ties are cut anyhow."""
+    z = np.load(data / "golden" / "dhsa_v1.npz")
+    mean_q, mean_k = (np.asarray(z[name][0], np.float64).mean(0) for name in ("c2_q", "c2_k"))
+    start, block, local = z["c2_label_full_boundaries"].astype(int), int(z["c2_block_size"]), int(z["c2_local_tokens"])
+    scores = chunk_scores(mean_q[: len(mean_q) - int(z["c2_instruction_tokens"])], mean_k, start, block)
+    tokens = scores[:, np.searchsorted(start, np.arange(len(mean_k)), side="right") - 1]
+    for i, theirs in enumerate(z["c2_avgpool_norm_topk_indices"][0]):
+        rest = np.arange(min((i + 1) * block, len(mean_k)))[:-local]
+        free = np.intersect1d(theirs, rest)
+        best = np.sort(tokens[i, rest])[::-1][: int(z["c2_topk_tokens"]) - local]
+        np.testing.assert_allclose(np.sort(tokens[i, free])[::-1], best, atol=1e-6)
 
 
 def test_official_boundaries(data):

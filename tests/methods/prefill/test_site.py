@@ -128,7 +128,7 @@ def test_causality(make, request):
 
     Rows from a bound of blocks on (12, 16, 20) or from 17 on, within one, are changed, or not there: the rows before them stay by the method's kind.
     """
-    (q, k, v, pos), method = packed(), make(11)
+    (q, k, v, pos), method = packed(), make(14)
     q, k, v, pos = (a[:1] for a in (q, k, v, pos))  # no padding: block bounds are multiples
     out, lse = attend(method, q, k, v, pos)
     if getattr(method, "variant", None) != "topk":  # it spends its budget on the future, too: an early query may be left with nothing
