@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtok.core import check
 from jaxtok.core.recipe import Recipe
 from jaxtok.core.sparsifier import Sparsifier
 from jaxtok.core.types import Needs
@@ -36,12 +37,13 @@ def by_head(cfg: Config, params, ids: Int[Array, "b n"], live: Bool[Array, "b n"
     for i, p in enumerate(params["layers"]):
         pos = tokens.pos
         tokens, ((kv, seen),) = cached.attend_rows(cfg, p, i, tokens, None, Recipe(), Needs(turned=n), False, None, "auto")
+        q = check.given("turned", seen.turned)
         see: dict[str, Any] = dict(window=cfg.layer_window(i), softcap=cfg.softcap, scale=cfg.scale)
-        dense, _ = sparsify.attend(None, {}, i, seen.turned, kv.k, kv.v, pos, **see)
-        sparse, _ = sparsify.attend(method, learned, i, seen.turned, kv.k, kv.v, pos, **see)
+        dense, _ = sparsify.attend(None, {}, i, q, kv.k, kv.v, pos, **see)
+        sparse, _ = sparsify.attend(method, learned, i, q, kv.k, kv.v, pos, **see)
         alive = (pos >= 0)[:, None, :, None]
         length = lambda x, alive=alive: jnp.sqrt(jnp.sum(jnp.where(alive, x.astype(jnp.float32), 0.0) ** 2, (0, 2, 3)))
-        view = sparsify.aligned(seen.turned, kv.k, pos, i, **see)
+        view = sparsify.aligned(q, kv.k, pos, i, **see)
         table, before = method.table(learned, view), view.length[:, None] - method.tail
         share = density(table, jnp.where(at < before, view.pos, -1), **size)
         some, every = (_blocks(x, n, **size) for x in (before, view.length[:, None]))

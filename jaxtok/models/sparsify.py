@@ -53,7 +53,7 @@ def attend(
 def aligned(q: Float[Array, "b h n d"], k: Float[Array, "b g n d"], pos: Int[Array, "b n"], layer: int = 0, **see: Any) -> View:
     """What a sparsifier is told of packed rows (dead first, live last): the live ones first. `see`: fields of View."""
     there, _ = _turns(pos)
-    return View(*(_move(x, there) for x in (q, k, pos)), layer, **see)
+    return View(_move(q, there), _move(k, there), _move(pos, there), layer, **see)
 
 
 def _turns(pos: Int[Array, "b n"]) -> tuple[Array, Array]:

@@ -96,7 +96,7 @@ def make_loss(cfg: Config, method: DHSA, *, gamma: float = 2.0) -> Callable:
             pos, window = tokens.pos, cfg.layer_window(i)
             needs = Needs(turned=ids.shape[1])
             tokens, ((kv, seen),) = cached.attend_rows(cfg, p, i, tokens, None, decoder.PLAIN, needs, False, None, "auto")
-            view = sparsify.aligned(seen.turned, kv.k, pos, i)
+            view = sparsify.aligned(check.given("turned", seen.turned), kv.k, pos, i)
             see: dict[str, Any] = dict(reach=window, window=window, softcap=cfg.softcap, scale=cfg.scale)
             ratio = ratios(view.q, view.k, view.pos, width=method.width, **see)
             each.append(loss(params["predictor"], view.k, view.pos >= 0, ratio, gamma=gamma))
