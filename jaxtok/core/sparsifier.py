@@ -33,6 +33,14 @@ class View(NamedTuple):
         """How many rows are live: the first so many."""
         return jnp.sum(self.pos >= 0, -1, dtype=jnp.int32)
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """(b, h, g, n, d). ValueError where the arrays do not fit."""
+        (b, n), q, k = self.pos.shape, self.q.shape, self.k.shape
+        if len(q) != 4 or len(k) != 4 or not 0 < k[1] <= q[1] or q[1] % k[1] or q != (b, q[1], n, q[3]) or k != (b, k[1], n, q[3]):
+            raise ValueError(f"q, k, pos are {list(q)}, {list(k)}, {[b, n]}; they must be [b h n d], [b g n d], [b n], h a multiple of g")
+        return b, q[1], k[1], n, q[3]
+
     def blocks(self, size: int) -> int:
         """How many blocks of `size` the rows make; the last may be short."""
         return -(-self.pos.shape[1] // size)
@@ -45,8 +53,11 @@ class Sparsifier(Method):
     puts the rows back.
 
     Causality is the attention's, too: a listed block that lies in the future is masked, only its work is wasted.
-    No query attends to a later key. Which earlier keys it attends to may depend on later tokens, though, by the method: those of its block of queries
-    (their mean), or of the prompt (its last rows, means, boundaries). That is so in the papers; it is why these methods are for prompts.
+    No query attends to a later key. Which earlier keys it attends to may depend on later tokens, though, by the method (each says so): on none
+    (a_shape: strictly causal), on those of its own block of queries (block_topk, dhsa's variant a), or on the prompt (its last rows, means,
+    boundaries: sale, vertical_slash, dhsa otherwise). That is so in the papers; it is why these methods are for prompts.
+
+    What was chosen and found no room in a list's static length is counted in the table's `lost`; `jaxtok.evals.sparsity.by_head` adds it up by layer.
     """
 
     block_q: int
@@ -125,7 +136,7 @@ def with_tokens(table: BlockTable, tokens: Bool[Array, "b _ nq n"], block_k: int
     check.count("block_k", block_k)
     index = table.index
     tokens = jnp.pad(tokens, [(0, 0)] * 3 + [(0, -tokens.shape[-1] % block_k)])
-    cut = tokens.reshape(*tokens.shape[:3], -1, block_k)
+    cut = tokens.reshape(*tokens.shape[:3], tokens.shape[-1] // block_k, block_k)
     cut = jnp.broadcast_to(cut, (index.shape[0], index.shape[1], *cut.shape[2:]))
     return table._replace(mask=jnp.take_along_axis(cut, jnp.maximum(index, 0)[..., None], 3) & (index >= 0)[..., None])
 
@@ -133,14 +144,40 @@ def with_tokens(table: BlockTable, tokens: Bool[Array, "b _ nq n"], block_k: int
 def for_heads(table: BlockTable, lists: int) -> BlockTable:
     """One list for all heads, as `lists` equal ones."""
     check.count("lists", lists)
-    return BlockTable(*(None if x is None else jnp.broadcast_to(x, (x.shape[0], lists, *x.shape[2:])) for x in table))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (x.shape[0], lists, *x.shape[2:])), table)
 
 
 def block_means(x: Float[Array, "b e n d"], live: Bool[Array, "b n"], block: int) -> Float[Array, "b e nb d"]:
     """The mean of the live rows of each block, float32; zeros where none is live."""
     check.count("block", block)
     b, e, n, d = x.shape
-    pad = -n % block
+    pad, blocks = -n % block, -(-n // block)
     x = jnp.pad(jnp.where(live[:, None, :, None], x.astype(jnp.float32), 0.0), ((0, 0), (0, 0), (0, pad), (0, 0)))
-    count = jnp.sum(jnp.pad(live, ((0, 0), (0, pad))).reshape(b, 1, -1, block), -1).astype(jnp.float32)
-    return jnp.sum(x.reshape(b, e, -1, block, d), 3) / jnp.maximum(count, 1.0)[..., None]
+    count = jnp.sum(jnp.pad(live, ((0, 0), (0, pad))).reshape(live.shape[0], 1, blocks, block), -1).astype(jnp.float32)
+    return jnp.sum(x.reshape(b, e, blocks, block, d), 3) / jnp.maximum(count, 1.0)[..., None]
+
+
+def between(value: Float[Array, "b e n"], low: Int[Array, "nq nk"], high: Int[Array, "nq nk"]) -> Float[Array, "b e nq nk"]:
+    """The sum of value[low:high], bounds clipped into 0 to n, by a running sum; 0 where low >= high."""
+    total = jnp.pad(jnp.cumsum(value.astype(jnp.float32), -1), ((0, 0), (0, 0), (1, 0)))
+    low, high = (jnp.clip(x, 0, value.shape[-1]) for x in (low, high))
+    return jnp.where(low < high, total[:, :, high] - total[:, :, low], 0.0)
+
+
+def chunk_sums(
+    x: Float[Array, "b n d"], number: Int[Array, "b n"], live: Bool[Array, "b n"], chunks: int
+) -> tuple[Int[Array, "b c"], Int[Array, "b c"], Float[Array, "b c d"]]:
+    """First row, row behind the last, and sum of the rows of each of `chunks` chunks; those that are not there are empty, at row n.
+
+    number: the chunk of each live row, ascending.
+    """
+    check.count("chunks", chunks)
+    n, row = x.shape[1], jnp.arange(x.shape[1], dtype=jnp.int32)
+    at = jnp.where(live & (number >= 0), jnp.minimum(number, chunks), chunks)
+    one = lambda x, at: (
+        jnp.full((chunks + 1,), n, jnp.int32).at[at].min(row)[:chunks],
+        jnp.full((chunks + 1,), 0, jnp.int32).at[at].max(row + 1)[:chunks],
+        jnp.zeros((chunks + 1, x.shape[1]), jnp.float32).at[at].add(x.astype(jnp.float32))[:chunks],
+    )
+    begin, end, total = jax.vmap(one)(x, at)
+    return begin, jnp.maximum(begin, end), total

@@ -189,3 +189,30 @@ def perplexities(rows: Sequence[dict[str, Any]], out: pathlib.Path) -> pathlib.P
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(out, dpi=130)
     return out
+
+
+def sparsity(rows: Sequence[dict[str, Any]], full: float, times: dict[str, Any], out: pathlib.Path) -> pathlib.Path:
+    """Sparse prefills: needle score and output error against density, seconds of a layer against length; a colour a method.
+
+    rows: {"setting": "method ...", "density", "needle", "error"}; full: the dense model's score (dashed); times: {"lengths", "seconds": by side}.
+    """
+    figure, axes = _new(15.0, 4.2, 1, 3)
+    names = list(dict.fromkeys(row["setting"].partition(" ")[0] for row in rows))
+    for i, name in enumerate(names):
+        mine = sorted((row for row in rows if row["setting"].partition(" ")[0] == name), key=lambda row: row["density"])
+        for axis, value in zip(axes[0], ("needle", "error"), strict=False):
+            style = {"marker": MARKS[i % len(MARKS)], "color": f"C{i % 10}", "linewidth": 1.2, "alpha": 0.85, "label": name}
+            axis.plot([row["density"] for row in mine], [row[value] for row in mine], **style)
+    axes[0, 0].axhline(full, color="0.4", linestyle="--", linewidth=1)
+    for i, (name, seconds) in enumerate(times["seconds"].items()):
+        axes[0, 2].loglog(times["lengths"], seconds, marker=MARKS[i % len(MARKS)], color=f"C{i % 10}", linewidth=1.2, label=name)
+    texts = ("density", "needle score"), ("density", "relative error of the output"), ("tokens", "seconds of a layer's attention")
+    for axis, (x, y) in zip(axes[0], texts, strict=True):
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.grid(alpha=0.3, which="both")
+    axes[0, 0].set_ylim(-0.03, 1.03)
+    for axis in axes[0, 1:]:
+        axis.legend(fontsize=7)
+    figure.savefig(out, dpi=130)
+    return out

@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from jaxtok.core import check
 from jaxtok.core.types import BlockTable
 from jaxtok.ops._impl import chosen, unfit
+from jaxtok.ops.attention import attention
+from jaxtok.ops.evidence import rows
 
 
 def block_sparse(
@@ -86,6 +88,35 @@ def density(table: BlockTable, pos: Int32[Array, "b n"], *, block_q: int, block_
     read = jnp.sum(used & (first <= last) & (index <= last), (2, 3)).astype(jnp.float32)
     start = (jnp.arange(nk, dtype=jnp.int32) * block_k)[None, None, None]
     return read / jnp.maximum(jnp.sum((first <= last) & (start <= last), (2, 3)).astype(jnp.float32), 1.0)
+
+
+def lines(
+    q: Float[Array, "b h n d"],
+    k: Float[Array, "b g n d"],
+    pos: Int32[Array, "b n"],
+    *,
+    last: int,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> tuple[Float32[Array, "b h n"], Float32[Array, "b h n"]]:
+    """(vertical, slash): the attention of the `last` live rows (live ones first) summed by key and by distance, in rows.
+
+    A = softmax of those rows;   vertical_j = sum_i A_ij,   slash_o = sum_i A_i,i-o
+    """
+    check.count("last", last)
+    n = q.shape[2]
+    w = min(last, n)
+    at = jnp.sum(pos >= 0, -1, keepdims=True, dtype=jnp.int32) - w + jnp.arange(w, dtype=jnp.int32)[None]  # below 0: no such row
+    there, at = at >= 0, jnp.maximum(at, 0)
+    q = jnp.take_along_axis(q, at[:, None, :, None], 2)
+    mine = jnp.where(there, jnp.take_along_axis(pos, at, 1), -1)
+    see: dict[str, Any] = dict(q_pos=mine, k_pos=pos, window=window, softcap=softcap, scale=scale)
+    found = rows(q, k, attention(q, k, k[..., :1], impl=impl, **see)[1], **see)
+    key = at[:, :, None] - jnp.arange(n, dtype=jnp.int32)[None, None]  # of each row, the key at each distance
+    slanted = jnp.take_along_axis(found, jnp.broadcast_to(jnp.maximum(key, 0)[:, None], found.shape), 3)
+    return jnp.sum(found, 2), jnp.sum(jnp.where((key >= 0)[:, None], slanted, 0.0), 2)
 
 
 def low_bit(

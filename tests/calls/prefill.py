@@ -1,11 +1,12 @@
 """Calls of what sparsifiers and the block-sparse op are made of."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.core import sparsifier
 from jaxtok.core.types import BlockTable
-from jaxtok.ops import block_sparse
+from jaxtok.ops import block_sparse, boundaries
 from tests.calls.cases import Case, case
 from tests.calls.values import Sizes, Values
 
@@ -71,6 +72,41 @@ def _(s):
 case("core.sparsifier.block_means")(
     lambda s: Case(sparsifier.block_means, lambda v: {"x": v.rows(s.b, s.h, s.n, s.d), "live": v.mask(s.b, s.n)}, {"block": s.m})
 )
+
+
+@case("core.sparsifier.between")
+def _(s):
+    nq, nk = grid(s)[2:]
+    return Case(
+        sparsifier.between,
+        lambda v: {"value": v.floats(s.b, s.h, s.n), "low": v.ints(-3, s.n + 3, nq, nk), "high": v.ints(-3, s.n + 3, nq, nk)},
+        infinite=True,
+    )
+
+
+@case("core.sparsifier.chunk_sums")
+def _(s):
+    def arrays(v):
+        return {"x": v.rows(s.b, s.n, s.d), "number": np.sort(v.ints(0, s.m, s.b, s.n), -1).astype(np.int32), "live": v.mask(s.b, s.n)}
+
+    return Case(sparsifier.chunk_sums, arrays, {"chunks": s.m}, infinite=True)
+
+
+@case("ops.block_sparse.lines")
+def _(s):
+    how = {"window": s.one(None, 3), "softcap": s.one(None, None, 30.0), "scale": s.one(None, 1.0, 1e-3)}
+    fn = lambda q, k, live: block_sparse.lines(q, k, view(s, live).pos, last=s.m, **how)
+    return Case(fn, lambda v: {"q": v.rows(s.b, s.h, s.n, s.d), "k": v.rows(s.b, s.g, s.n, s.d), "live": v.mask(s.b, s.n)})
+
+
+case("ops.boundaries.init")(lambda s: Case(lambda x: boundaries.init(jax.random.key(0), s.g * s.d, 2, 3), lambda v: {"x": v.mask(1)}))
+
+
+@case("ops.boundaries.boundary_logits")
+def _(s):
+    p = boundaries.init(jax.random.key(0), s.g * s.d, s.one(1, 4), 3)
+    fn = lambda k, live: boundaries.boundary_logits(p, k, live)
+    return Case(fn, lambda v: {"k": v.rows(s.b, s.g, s.n, s.d), "live": v.mask(s.b, s.n)}, infinite=True)
 
 
 @case("ops.block_sparse.block_sparse")

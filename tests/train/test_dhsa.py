@@ -3,12 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from jaxtok.core.recipe import Recipe
 from jaxtok.methods import DHSA
-from jaxtok.methods.prefill.dhsa import boundary_logits
+from jaxtok.models import blocks, decoder
 from jaxtok.models.config import Config
-from jaxtok.train.dhsa import loss, ratios
+from jaxtok.ops.boundaries import boundary_logits
+from jaxtok.train.dhsa import loss, make_loss, ratios
+from jaxtok.train.loop import fit
 from tests.methods.prefill import views
 from tests.methods.prefill.test_vertical_slash import attention
 
@@ -52,3 +56,21 @@ def test_loss_equals_numpy_and_falls():
         value, slope = step(params)
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, slope)
     assert np.isfinite(value) and value < first
+
+
+def test_a_predictor_learns_a_models_boundaries():
+    """Random tokens in a model whose heads look at sinks and neighbours: the loss falls, the model's own arrays stay, and a prefill takes it."""
+    model = blocks.init(CFG, jax.random.key(0), embed_std=1.0)
+    method = DHSA(capacity=14, chunks=4, predicted=True, width=2, hidden=8, apart=1, local=2, sinks=2, block_q=4, block_k=2, tail=0)
+    params = {"predictor": method.init_params(jax.random.key(1), CFG)["predictor"], "model": model}
+    ids = jax.random.randint(jax.random.key(2), (4, 24), 0, CFG.vocab)
+    live, seen = jnp.arange(24)[None] >= jnp.asarray([[0], [3], [0], [9]]), []
+    how = dict(optimizer=optax.adam(0.02), steps=40, trainable=lambda path: path.startswith("predictor"), log_every=1, progress=False)
+    state = fit(make_loss(CFG, method), params, lambda step: (ids, live), on_log=seen.append, **how)
+    assert seen[-1]["loss"] < 0.8 * seen[0]["loss"] and int(state.skipped) == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params["model"], model)
+    taught = model | {"methods": {"sparsify": {"predictor": state.params["predictor"]}}}
+    tokens, _ = decoder.prefill(CFG, taught, decoder.embed(CFG, taught, ids, live), Recipe(sparsify=method), new=1)
+    assert np.isfinite(tokens.x).all()
+    with pytest.raises(ValueError, match="variant='a' has none"):
+        make_loss(CFG, DHSA(capacity=128, variant="a"))

@@ -18,7 +18,7 @@ class AShape(Sparsifier):
 
         block y is read by block x  <=>  it holds one of the first `sinks` keys, a key of x, or one of the `local` keys before x
 
-    Whole blocks: a query reads up to a block more than it asks for, never less. sinks + local >= n is plain attention. One list for all heads;
+    Strictly causal. Whole blocks: a query reads up to a block more than it asks for, never less. sinks + local >= n is plain attention. One list for all heads;
     its static length is ceil(sinks / block_k) + ceil((local + block_q) / block_k) + 1, so cost grows as n.
     """
 
@@ -41,7 +41,7 @@ class AShape(Sparsifier):
         return self.sinks + self.local >= n
 
     def table(self, params, view: View) -> BlockTable:
-        size = self.block_q, self.block_k
+        size, lists = (self.block_q, self.block_k), view.sizes[2]
         forced = newest(view, *size, self.local) | oldest(view, *size, self.sinks)
         most = -(-self.sinks // self.block_k) + -(-(self.local + self.block_q) // self.block_k) + 1
-        return for_heads(best_blocks(jnp.where(forced, 0.0, -jnp.inf), reach(view, *size), forced, most), view.k.shape[1])
+        return for_heads(best_blocks(jnp.where(forced, 0.0, -jnp.inf), reach(view, *size), forced, most), lists)

@@ -20,7 +20,7 @@ class BlockTopK(Sparsifier):
 
     `capacity` keys a block of queries, in whole blocks (rounded down, at least one). The block's own keys and the first `sinks` tokens are read
     in any case, inside the capacity. capacity >= n is plain attention. `shared`: one list a KV head, by the mean score of its h/g query
-    heads; else each query head has its own.
+    heads; else each query head has its own. Causal by blocks of queries: what one reads depends on no token behind it.
     """
 
     capacity: int
@@ -40,10 +40,10 @@ class BlockTopK(Sparsifier):
         return self.capacity >= n
 
     def table(self, params, view: View) -> BlockTable:
-        size, live = (self.block_q, self.block_k), view.pos >= 0
+        (b, h, g, _, d), size, live = view.sizes, (self.block_q, self.block_k), view.pos >= 0
         q, k = block_means(view.q, live, self.block_q), block_means(view.k, live, self.block_k)
-        (b, h, x, d), g = q.shape, k.shape[1]
-        score = jnp.einsum("bgqxd,bgyd->bgqxy", q.reshape(b, g, h // g, x, d), k).reshape(b, h, x, -1)
+        x, y = q.shape[2], k.shape[2]
+        score = jnp.einsum("bgqxd,bgyd->bgqxy", q.reshape(b, g, h // g, x, d), k).reshape(b, h, x, y)
         score = to_kv_heads(score, g, "mean") if self.shared else score
         forced = newest(view, *size, 0) | oldest(view, *size, self.sinks)
         return best_blocks(score, reach(view, *size), forced, max(1, self.capacity // self.block_k))

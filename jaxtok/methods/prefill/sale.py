@@ -38,7 +38,8 @@ class SALE(Sparsifier):
     capacity: keys a block of queries reads at most, in whole blocks, the best first; None = all of them. It is what XLA's time follows, since
     XLA goes through a list's static length. What is over it is counted in the table's `lost`. The exact pass over sinks and window is repeated in the
     second: one attention over the union, equal to continuing the first's softmax. Blocks are read in the model's dtype, not in 8 bits.
-    The threshold is fixed after the first pass ("two pass" in the code). Biases of merged tokens are not in the estimate.
+    The threshold is fixed after the first pass ("two pass" in the code). Biases of merged tokens are not in the estimate, nor is a layer's window:
+    a block that straddles its edge may be read for a pair beyond it. What is chosen depends on the prompt's means of queries and keys.
     """
 
     tau: float = 0.004
@@ -92,7 +93,7 @@ class SALE(Sparsifier):
 
     def estimate(self, view: View) -> Float[Array, "b h nq nk"]:
         """log of the largest relative attention score of each block; -inf where no pair is visible."""
-        (b, g, n, d), size = view.k.shape, {"block_q": self.block_q, "block_k": self.block_k}
+        (b, g, n, d), size = view.k.shape, dict[str, Any](block_q=self.block_q, block_k=self.block_k)
         scale = d**-0.5 if view.scale is None else view.scale
         near, pos = self.near(view), jnp.broadcast_to(view.pos[:, None], (b, g, n))
         table = for_heads(best_blocks(jnp.where(near, 0.0, -jnp.inf), near, near, self.first), g)
@@ -101,7 +102,7 @@ class SALE(Sparsifier):
         return low_bit(view.q, view.k, lse=lse, tile=self.tile, bits=self.bits, scale=scale, impl=view.impl, **see, **size)
 
     def table(self, params, view: View) -> BlockTable:
-        size, heads = (self.block_q, self.block_k), view.q.shape[1]
+        size, heads = (self.block_q, self.block_k), view.sizes[1]
         tau = jnp.full((heads,), self.tau, jnp.float32)
         if params and "tau" in params:
             if params["tau"].ndim != 2 or params["tau"].shape[1] != heads:

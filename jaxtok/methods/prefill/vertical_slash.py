@@ -4,14 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from jaxtok.core import check, select
 from jaxtok.core.registry import register
-from jaxtok.core.sparsifier import Sparsifier, View, best_blocks, newest, reach, with_tokens
+from jaxtok.core.sparsifier import Sparsifier, View, best_blocks, between, newest, reach, with_tokens
 from jaxtok.core.types import BlockTable
-from jaxtok.ops.attention import attention
-from jaxtok.ops.evidence import rows
+from jaxtok.ops.block_sparse import lines
 
 
 @register(
@@ -33,6 +31,7 @@ class VerticalSlash(Sparsifier):
     table's mask), distances by whole blocks, in which the published code works too. Each query head has its own. verticals >= n is
     plain attention. The static length of a list is at most verticals + slashes * (1 + ceil(block_q / block_k)) blocks.
 
+    Not causal in what it chooses: the prompt's last rows decide for all.
     Which head of a model takes this pattern and with how many lines is searched offline in the paper; here all heads take it.
     """
 
@@ -61,34 +60,21 @@ class VerticalSlash(Sparsifier):
     def whole(self, n: int) -> bool:
         return self.verticals >= n
 
-    def lines(self, view: View) -> tuple[Float[Array, "b h n"], Float[Array, "b h n"]]:
-        """(vertical_j, slash_o), float32."""
-        n = view.q.shape[2]
-        w = min(self.rows, n)
-        last = view.length[:, None] - w + jnp.arange(w, dtype=jnp.int32)[None]  # below 0: no such row
-        there, at = last >= 0, jnp.maximum(last, 0)
-        q = jnp.take_along_axis(view.q, at[:, None, :, None], 2)
-        pos = jnp.where(there, jnp.take_along_axis(view.pos, at, 1), -1)
-        see: dict[str, Any] = dict(q_pos=pos, k_pos=view.pos, window=view.window, softcap=view.softcap, scale=view.scale)
-        found = rows(q, view.k, attention(q, view.k, view.k, impl=view.impl, **see)[1], **see)
-        key = at[:, :, None] - jnp.arange(n, dtype=jnp.int32)[None, None]  # of each row, the key at each distance
-        slanted = jnp.take_along_axis(found, jnp.broadcast_to(jnp.maximum(key, 0)[:, None], found.shape), 3)
-        return jnp.sum(found, 2), jnp.sum(jnp.where((key >= 0)[:, None], slanted, 0.0), 2)
-
     def table(self, params, view: View) -> BlockTable:
-        vertical, slash = self.lines(view)
-        n, size = view.pos.shape[1], (self.block_q, self.block_k)
+        see: dict[str, Any] = dict(window=view.window, softcap=view.softcap, scale=view.scale, impl=view.impl)
+        vertical, slash = lines(view.q, view.k, view.pos, last=self.rows, **see)
+        (_, _, _, n, _), size = view.sizes, (self.block_q, self.block_k)
         number = jnp.arange(n, dtype=jnp.int32)[None, None]
         live = jnp.broadcast_to((view.pos >= 0)[:, None], vertical.shape)
         key = select.choose(jnp.where(number < self.sinks, 1e9, vertical), live, self.verticals)
         apart = select.choose(jnp.where(number < self.recent, 1e9, slash), live, self.slashes)
-        # distances o between some query of block x and some key of block y: a range, counted by a running sum
-        total = jnp.pad(jnp.cumsum(apart.astype(jnp.int32), -1), ((0, 0), (0, 0), (1, 0)))
         first = (jnp.arange(view.blocks(size[0]), dtype=jnp.int32) * size[0])[:, None]
         start = (jnp.arange(view.blocks(size[1]), dtype=jnp.int32) * size[1])[None]
-        low, high = jnp.clip(first - start - size[1] + 1, 0, n), jnp.clip(first + size[0] - start, 0, n)
-        slanted = (total[:, :, high] > total[:, :, low]) | newest(view, *size, 0)
-        some = jnp.any(jnp.pad(key, ((0, 0), (0, 0), (0, -n % size[1]))).reshape(*key.shape[:2], -1, size[1]), -1)
+        many = between(
+            apart.astype(jnp.float32), first - start - size[1] + 1, first - start + size[0]
+        )  # chosen distances between two blocks
+        slanted = (many > 0) | newest(view, *size, 0)
+        some = jnp.any(jnp.pad(key, ((0, 0), (0, 0), (0, -n % size[1]))).reshape(*key.shape[:2], view.blocks(size[1]), size[1]), -1)
         score = jnp.where(slanted | some[:, :, None], 0.0, -jnp.inf)
         most = self.verticals + self.slashes * (1 + -(-size[0] // size[1])) + -(-size[0] // size[1]) + 1
         table = best_blocks(score, reach(view, *size), slanted, most)

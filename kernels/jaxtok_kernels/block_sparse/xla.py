@@ -4,9 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxtok_kernels.block_sparse.layout import Spec, Tables, tiles, untile, visible
+
+MOST = float(np.finfo(np.float32).max)
 
 
 class _Row(NamedTuple):
@@ -98,6 +101,9 @@ def _attend(spec: Spec, row: _Row, floats, stands):
     logit = dot("berd,besd->bers", row.q, keys) * spec.scale
     logit = logit if spec.softcap is None else spec.softcap * jnp.tanh(logit / spec.softcap)
     logit = logit if extra is None else logit + join(extra)[:, :, None]
+    logit = jnp.minimum(
+        jnp.where(logit > -MOST, logit, -MOST), MOST
+    )  # products of finite numbers may overflow; inf - inf counts as the lowest
     used = jnp.arange(row.index.shape[2], dtype=jnp.int32)[None, None] < row.count[..., None]  # [b e m]
     used = jnp.broadcast_to(used[..., None], stands.shape) if row.mask is None else used[..., None] & row.mask
     seen = visible(spec, row.pos[:, None, :, None], theirs) & join(used)[:, :, None]  # [b e block_q s]

@@ -7,17 +7,26 @@ import pytest
 
 from jaxtok.core.sparsifier import View
 from jaxtok.methods import DHSA, BlockTopK
-from jaxtok.methods.prefill.dhsa import boundary_logits
 from jaxtok.models.config import Config
+from jaxtok.ops.boundaries import boundary_logits
 from tests.methods.prefill import views
 
 HOW = dict(local=1, sinks=2, apart=1, block_q=4, block_k=2, tail=0, room=9.0)
 small = {
     "dhsa": lambda capacity: DHSA(capacity=max(capacity, 8), chunks=5, **(HOW | {"block_q": 2, "tail": 1})),
     "dhsa:predicted": lambda capacity: DHSA(capacity=max(capacity, 8), chunks=5, predicted=True, width=2, hidden=6, **HOW),
-    "dhsa:topk": lambda capacity: DHSA(capacity=capacity, variant="topk", block_q=4, block_k=2, tail=0),
-    "dhsa:a": lambda capacity: DHSA(capacity=capacity, variant="a", block_q=4, block_k=2, tail=0),
+    **{
+        f"dhsa:{name}": lambda capacity, name=name: DHSA(capacity=max(capacity, 8), variant=name, block_q=4, block_k=2, tail=0)
+        for name in ("topk", "a", "vs", "vsb")
+    },
 }
+
+
+def chunk_scores(mean_q, mean_k, start, block):
+    """[nq c] of the card, from queries and keys averaged over heads."""
+    keys = [mean_k[a:z].mean(0) * np.sqrt(z - a) for a, z in itertools.pairwise(start)]
+    queries = [mean_q[r : r + block].mean(0) * np.sqrt(len(mean_q[r : r + block])) for r in range(0, len(mean_q), block)]
+    return np.array(queries) @ np.array(keys).T
 
 
 def chunked(method, x, begins):
@@ -28,19 +37,29 @@ def chunked(method, x, begins):
     for i in range(b):
         length = int((pos[i] >= 0).sum())
         start = [*begins[i], length]
-        mean_k, mean_q = k[i].mean(0), q[i].mean(0)
-        keys = [mean_k[a:z].mean(0) * np.sqrt(z - a) for a, z in itertools.pairwise(start)]
+        scores = chunk_scores(q[i].mean(0)[:length], k[i].mean(0), start, method.block_q)
         for r in range(0, length, method.block_q):
             last = min(r + method.block_q, length)
-            query = mean_q[r:last].mean(0) * np.sqrt(last - r)
-            forced = {j for j in range(last) if j < method.sinks or j >= r - method.local}
+            edge = 0 if x.window is None else r - x.window + 1
+            forced = {j for j in range(last) if j >= edge and (j < method.sinks or j >= r - method.local)}
             left = method.capacity - len(forced)
-            for c in sorted(range(len(keys)), key=lambda c: -(query @ keys[c])):
-                free = [j for j in range(start[c], start[c + 1]) if j not in forced and j < last]
+            for c in sorted(range(len(start) - 1), key=lambda c: -scores[r // method.block_q, c]):
+                free = [j for j in range(start[c], start[c + 1]) if j not in forced and edge <= j < last]
                 forced |= set(free[: max(left, 0)])
                 left -= len(free)
             out[i, r:last] = np.isin(np.arange(n), sorted(forced))[None]
     return out & views.seen(x)
+
+
+def test_chunks_of_a_sliding_layer_equal_numpy():
+    """Keys behind the window take no place."""
+    x = views.view(1, window=9)
+    method = DHSA(capacity=9, chunks=5, **HOW)
+    got, want = views.tokens(method, x), chunked(method, x, uniform(x, 5))
+    row = np.arange(24)
+    seen = row[:, None] - row[None] < 9
+    np.testing.assert_array_equal(got & seen, np.broadcast_to(want[:, None], got.shape) & seen)
+    assert not np.array_equal(want & seen, chunked(method, x._replace(window=None), uniform(x, 5)) & seen)
 
 
 def uniform(x, chunks):
@@ -149,21 +168,93 @@ def test_second_version_counts():
     a, free = (DHSA(capacity=8, variant=v, block_q=4, block_k=2, tail=0) for v in ("a", "topk"))
     for row in views.blocks(a, x)[0]:
         assert [len(s) for s in row] == [min(4, 2 * (i + 1)) for i in range(6)]
-        assert all({0, 2 * i, 2 * i + 1} <= s for i, s in enumerate(row))
+        assert all({0, 2 * i + 1} <= s for i, s in enumerate(row))
     rows = views.blocks(free, x)[0]
     assert all(len(s) == 4 for row in rows for s in row) and any(max(s) > 1 for s in (row[0] for row in rows))
 
 
+def blockwise(method, x):
+    """The lists of the second version's causal variants, block by block."""
+    q, k, pos = (np.asarray(a, np.float64) for a in (x.q, x.k, x.pos))
+    (b, h, n, d), g, bq, bk = q.shape, k.shape[1], method.block_q, method.block_k
+    most, out = method.capacity // bk, []
+    for i in range(b):
+        length, heads = int((pos[i] >= 0).sum()), []
+        for e in range(h):
+            mine, keys = q[i, e, :length], k[i, e * g // h, :length]
+            mean_q = [mine[r : r + bq].mean(0) for r in range(0, length, bq)]
+            mean_k = np.array([keys[r : r + bk].mean(0) for r in range(0, length, bk)])
+            logit = np.where(np.arange(length)[:, None] >= np.arange(length), mine @ keys.T * d**-0.5, -np.inf)
+            p = np.exp(logit - logit.max(1, keepdims=True))
+            p = (p / p.sum(1, keepdims=True))[-bq:]
+            best = lambda score, many: np.argsort(-np.asarray(score), kind="stable")[:many]
+            budget = most * bk if method.variant == "vs" else most
+            column = p.sum(0) if method.variant == "vs" else mean_k @ mean_q[-1]
+            away = [sum(p[r, length - len(p) + r - o] for r in range(len(p)) if length - len(p) + r >= o) for o in range(length)]
+            away = away if method.variant == "vs" else column[::-1]
+            lines, distances = best(column, budget // 2), best(away if method.variant == "vs" else column, budget - budget // 2)
+            distances = distances if method.variant == "vs" else [len(column) - 1 - y for y in distances]
+            rows = []
+            for x0 in range(0, n, bq):
+                last = min(x0 + bq, length) - 1
+                if x0 > last:
+                    rows.append(set())
+                    continue
+                near = range(x0 // bk, last // bk + 1)
+                forced = {0, last // bk} if method.variant != "vsb" else {0, *near}
+                score = {}
+                for y in range(last // bk + 1):
+                    if method.variant == "a":
+                        score[y] = mean_q[x0 // bq] @ mean_k[y]
+                    elif method.variant == "vs":
+                        key = range(y * bk, y * bk + bk)
+                        meets = [o for o in distances if x0 - key[-1] <= o <= x0 + bq - 1 - key[0]]
+                        score[y] = sum(column[j] for j in lines if j in key) + sum(away[o] for o in meets)
+                    else:
+                        meets = [o for o in distances if x0 // bk - y <= o <= (x0 + bq - 1) // bk - y]
+                        score[y] = sum((1 + 1e-5 * np.sign(column[j])) * column[j] for j in lines if j == y) + sum(away[o] for o in meets)
+                others = sorted((y for y in score if y not in forced), key=lambda y: -score[y])
+                rows.append(forced | set(others[: max(most - len(forced), 0)]))
+            heads.append(rows)
+        out.append(heads)
+    return out
+
+
+@pytest.mark.parametrize("variant, bq, bk, most", [("a", 6, 2, 4), ("vs", 4, 2, 4), ("vs", 3, 4, 3), ("vsb", 4, 2, 5), ("vsb", 6, 3, 4)])
+def test_second_version_equals_numpy(variant, bq, bk, most):
+    x = views.view(7, junk=1e3)
+    method = DHSA(capacity=most * bk, variant=variant, block_q=bq, block_k=bk, tail=0)
+    assert views.blocks(method, x) == blockwise(method, x)
+
+
 def test_official_masks(data):
-    """xiongsiheng/DHSA, second version: topk and a; blocks of 32, 3 of 12."""
+    """xiongsiheng/DHSA, second version, blocks of 32, 3 of 12; the last block of queries of vs and vsb, dense there, is the tail's here."""
     z = np.load(data / "golden" / "dhsa_v2_masks.npz")
     q, k = jnp.asarray(z["c2_q"]), jnp.asarray(z["c2_k"])
     n, bq, bk = q.shape[2], int(z["c2_q_block"]), int(z["c2_k_block"])
     x = View(q, k, jnp.arange(n, dtype=jnp.int32)[None])
-    for variant, name in (("topk", "topk"), ("a", "a")):
+    for variant in ("topk", "a", "vs", "vsb"):
         method = DHSA(capacity=int(z["c2_topk_blocks"]) * bk, variant=variant, block_q=bq, block_k=bk, tail=0)
-        want = [[set(np.flatnonzero(row).tolist()) for row in head] for head in z[f"c2_{name}_mask"][0]]
-        assert views.blocks(method, x)[0] == want, variant
+        want = [[set(np.flatnonzero(row).tolist()) for row in head] for head in z[f"c2_{variant}_mask"][0]]
+        got = views.blocks(method, x)[0]
+        if variant.startswith("vs"):
+            assert all(head[-1] == set(range(n // bk)) for head in want)
+            got, want = ([head[:-1] for head in x] for x in (got, want))
+        assert got == want, variant
+
+
+def test_official_chunk_scores(data):
+    """xiongsiheng/DHSA, first version: besides the last 16 keys, each block of queries takes the 32 causal tokens that score best by chunk here; ties are cut anyhow."""
+    z = np.load(data / "golden" / "dhsa_v1.npz")
+    mean_q, mean_k = (np.asarray(z[name][0], np.float64).mean(0) for name in ("c2_q", "c2_k"))
+    start, block, local = z["c2_label_full_boundaries"].astype(int), int(z["c2_block_size"]), int(z["c2_local_tokens"])
+    scores = chunk_scores(mean_q[: len(mean_q) - int(z["c2_instruction_tokens"])], mean_k, start, block)
+    tokens = scores[:, np.searchsorted(start, np.arange(len(mean_k)), side="right") - 1]
+    for i, theirs in enumerate(z["c2_avgpool_norm_topk_indices"][0]):
+        rest = np.arange(min((i + 1) * block, len(mean_k)))[:-local]
+        free = np.intersect1d(theirs, rest)
+        best = np.sort(tokens[i, rest])[::-1][: int(z["c2_topk_tokens"]) - local]
+        np.testing.assert_allclose(np.sort(tokens[i, free])[::-1], best, atol=1e-6)
 
 
 def test_official_boundaries(data):

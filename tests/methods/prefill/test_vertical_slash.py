@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from jaxtok.methods import VerticalSlash
+from jaxtok.ops.block_sparse import lines
 from tests.methods.prefill import views
 
 small = lambda capacity: VerticalSlash(
@@ -55,7 +56,7 @@ def test_finds_the_lines_of_a_made_up_head():
     x = views.view(3, live=(24,), h=2, g=1)
     x = x._replace(q=x.q.at[:].set(1.0), k=x.k.at[:].set(0.0).at[:, :, 5].set(9.0))
     method = VerticalSlash(verticals=1, slashes=1, rows=4, sinks=0, recent=1, block_q=1, block_k=1)
-    vertical, _ = method.lines(x)
+    vertical, _ = lines(x.q, x.k, x.pos, last=4)
     assert np.asarray(vertical).argmax(-1).tolist() == [[5, 5]]
     got = views.tokens(method, x)[0, 0]
     np.testing.assert_array_equal(got, np.eye(24, dtype=bool) | ((np.arange(24) == 5)[None] & (np.arange(24) >= 5)[:, None]))
