@@ -10,10 +10,9 @@ Command: JAXTOK_DATA=... python experiments/prefill_sparsity.py          (killed
          python experiments/prefill_sparsity.py --parts times             (the times alone, into the same file; with nothing else running)
 Hardware and time: two cores of a 2.6 GHz Xeon, far from idle: 40 s to 8 minutes a setting. In the committed result: --keys 640, SALE's two rows
     --sale-keys 2048 --taus 0.004 and --sale-keys 1024 --taus 0.25, no thresholds by head (--thetas), no real checkpoint.
-Times: under a load of 6 to 8 on two cores (other programs, medians of 3, sides in turn), so take the ratios. At 8,192 tokens dense takes 6.5 s, DHSA
-    0.90 s (with a predictor 0.86, variant a 0.69), SALE 7.7. DHSA is below dense from 2,048 tokens on, variant a from 1,024; exponents over 1,024 to
-    8,192: dense 1.88, DHSA 0.81 (predictor 1.00, a 1.09), all of them rough: single lengths jump by a factor of two. SALE does not get below
-    dense for good (above it at 4,096 and 8,192; exponent 1.87): XLA estimates all pairs in float32, in the time that exact logits take.
+Times, on the idle machine (medians of 5, sides in turn), milliseconds at 1,024 / 2,048 / 4,096 / 8,192 / 16,384: dense 16 / 46 / 146 / 533 / 2,091;
+    DHSA 23 / 50 / 100 / 224 / 489 (below dense from 4,096 tokens on, with a predictor too; variant a from 2,048); SALE 47 / 92 / 269 / 793 / 3,255,
+    never below: XLA estimates all pairs in float32. Exponents: dense 1.76, DHSA 1.10, variant a 1.05, SALE 1.53.
 Expected: experiments/results/prefill_sparsity/results.json: for each setting the needle score, and by layer and query head the density (share of
     causal blocks listed; `keys`: share of keys read) and the relative error of the attention's output; the same without a score on text for
     the real checkpoint; for each length the times, and exponents fitted over the lengths; figure.png.
