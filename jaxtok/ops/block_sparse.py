@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtok_kernels.block_sparse import block_sparse as _kernel
 from jaxtok_kernels.scores import low_bit as _estimate
@@ -15,6 +16,8 @@ from jaxtok.core.types import BlockTable
 from jaxtok.ops._impl import chosen, unfit
 from jaxtok.ops.attention import attention
 from jaxtok.ops.evidence import rows
+
+TILE = 256  # rows and keys that XLA estimates at once
 
 
 def block_sparse(
@@ -131,13 +134,15 @@ def low_bit(
     tile: int = 16,
     bits: int = 4,
     scale: float,
+    diagonal: int | None = None,
     impl: str = "auto",
 ) -> Float32[Array, "b h x y"]:
     """The largest estimated logit of each block of queries with each block of keys, less the queries' `lse`: see `jaxtok_kernels.scores.low_bit`.
 
         out_xy = max over the visible pairs of the block of  scale (dq_i dk_j (q code_i . k code_j) + mean q . k'_j + q_i . mean k) - lse_i
 
-    XLA makes the same codes and goes through the blocks of queries one by one: memory O(block_q s), time O(t s) as exact logits take.
+    XLA makes the same codes and goes through tiles of about TILE rows by TILE keys, in the time that exact logits take.
+    diagonal: row i sees no key behind row i + diagonal of k (static, the caller's word): tiles beyond are not made. None = any key.
 
     Raises:
       ValueError: shapes, sizes or impl are wrong.
@@ -161,22 +166,31 @@ def low_bit(
     if not q.size or not s:
         return jnp.full((b, h, -(-t // block_q), -(-s // block_k)), -jnp.inf, jnp.float32)
     code = reference.quantised(q, k, q_pos, k_pos, block_k=block_k, tile=tile, bits=bits)
-    row = -scale * code.kq if lse is None else jnp.maximum(lse, -reference.HUGE) - scale * code.kq
-    grid = lambda x: jnp.moveaxis(_cut(x, 2, block_q).reshape(b, g, h // g, -1, block_q, *x.shape[3:]), 3, 0)
-    at = jnp.moveaxis(_cut(q_pos, 1, block_q, -1).reshape(b, -1, block_q), 1, 0)
-    keys, of = code.k.astype(jnp.float32), k_pos[:, :, None, None]
+    shift = -scale * code.kq if lse is None else jnp.maximum(lse, -reference.HUGE) - scale * code.kq
+    x, y = max(1, TILE // block_q), max(1, TILE // block_k)  # blocks of a tile
+    by_head = lambda a: _cut(a.reshape(b, g, h // g, *a.shape[2:]), 3, x * block_q)
+    queries, step, shift, at = by_head(code.q), scale * by_head(code.dq), by_head(shift), _cut(q_pos, 1, x * block_q, -1)
+    keys, width = _cut(code.k, 2, y * block_k), _cut(code.dk, 2, y * block_k)
+    mean, of = scale * _cut(code.qk.reshape(b, g, h // g, s), 3, y * block_k), _cut(k_pos, 2, y * block_k, -1)
+    tiles = at.shape[1] // (x * block_q), of.shape[2] // (y * block_k)
+    last = lambda i: s if diagonal is None else min((i + 1) * x * block_q, t) - 1 + diagonal
+    listed = np.asarray([(i, j) for i in range(tiles[0]) for j in range(tiles[1]) if j * y * block_k <= last(i)], np.int32).reshape(-1, 2)
 
-    def one(x):
-        mine, step, shift, where = x
-        dot = jnp.einsum("bgqtd,bgsd->bgqts", mine.astype(jnp.float32), keys)  # whole numbers below 2^24: exact
-        logit = dot * (scale * step)[..., None] * code.dk[:, :, None, None]
-        logit = logit + scale * code.qk.reshape(b, g, h // g, 1, s) - shift[..., None]
-        seen = (of >= 0) & (of <= where[:, None, None, :, None])
-        best = jnp.max(jnp.where(seen, logit, -jnp.inf), 3)
-        return jnp.max(_cut(best, 3, block_k, -jnp.inf).reshape(*best.shape[:3], -1, block_k), -1)
+    def one(tile):
+        mine = lambda a, axis: lax.dynamic_slice_in_dim(a, tile[0] * x * block_q, x * block_q, axis)
+        its = lambda a, axis: lax.dynamic_slice_in_dim(a, tile[1] * y * block_k, y * block_k, axis)
+        dot = jnp.einsum("bgqtd,bgsd->bgqts", mine(queries, 3).astype(jnp.float32), its(keys, 2).astype(jnp.float32))  # below 2^24: exact
+        logit = dot * mine(step, 3)[..., None] * its(width, 2)[:, :, None, None]
+        logit = logit + its(mean, 3)[:, :, :, None] - mine(shift, 3)[..., None]
+        there = its(of, 2)[:, :, None, None]
+        seen = (there >= 0) & (there <= mine(at, 1)[:, None, None, :, None])
+        best = jnp.max(jnp.where(seen, logit, -jnp.inf).reshape(b, g, h // g, x, block_q, y * block_k), 4)
+        return jnp.max(best.reshape(b, g, h // g, x, y, block_k), -1)
 
-    out = lax.map(one, (grid(code.q), grid(code.dq), grid(row), at))
-    return jnp.moveaxis(out, 0, 3).reshape(b, h, -1, out.shape[-1])
+    out = jnp.full((*tiles, b, g, h // g, x, y), -jnp.inf, jnp.float32)
+    out = out.at[listed[:, 0], listed[:, 1]].set(lax.map(one, jnp.asarray(listed)))
+    out = jnp.moveaxis(out, (0, 1), (3, 5)).reshape(b, h, tiles[0] * x, tiles[1] * y)
+    return out[:, :, : -(-t // block_q), : -(-s // block_k)]
 
 
 def _cut(x: Array, axis: int, block: int, fill: Any = 0) -> Array:

@@ -89,14 +89,15 @@ def test_density_counts_causal_blocks_of_live_rows():
     np.testing.assert_allclose(density(one, x.pos, block_q=BQ, block_k=BK).ravel(), [5 / 20, 4 / 14], rtol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_low_bit_is_the_kernels_definition(bits):
+@pytest.mark.parametrize("bits, tile, diagonal", [(4, 256, None), (8, 256, None), (4, 10, None), (4, 10, 0)])
+def test_low_bit_is_the_kernels_definition(bits, tile, diagonal, monkeypatch):
+    monkeypatch.setattr("jaxtok.ops.block_sparse.TILE", tile)
     x = views.view(6, junk=1e4)
     pos = jnp.broadcast_to(x.pos[:, None], (2, 2, 24))
     lse = attention(x.q, x.k, x.k, q_pos=x.pos, k_pos=x.pos)[1]
     how = {"block_q": BQ, "block_k": BK, "tile": 3, "bits": bits, "scale": 0.3}
     for norm in (None, lse):
-        got = low_bit(x.q, x.k, q_pos=x.pos, k_pos=pos, lse=norm, **how)
+        got = low_bit(x.q, x.k, q_pos=x.pos, k_pos=pos, lse=norm, diagonal=diagonal, **how)
         want = reference.low_bit(x.q, x.k, x.pos, pos, norm, **how)
         np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
         np.testing.assert_allclose(np.where(np.isfinite(got), got, 0), np.where(np.isfinite(want), want, 0), atol=1e-4, rtol=1e-5)

@@ -99,7 +99,7 @@ class SALE(Sparsifier):
         table = for_heads(best_blocks(jnp.where(near, 0.0, -jnp.inf), near, near, self.first), g)
         see: dict[str, Any] = dict(q_pos=view.pos, k_pos=pos)
         _, lse = block_sparse(view.q, view.k, view.k[..., :1], table, window=view.window, scale=scale, impl=view.impl, **see, **size)
-        return low_bit(view.q, view.k, lse=lse, tile=self.tile, bits=self.bits, scale=scale, impl=view.impl, **see, **size)
+        return low_bit(view.q, view.k, lse=lse, tile=self.tile, bits=self.bits, scale=scale, diagonal=0, impl=view.impl, **see, **size)
 
     def table(self, params, view: View) -> BlockTable:
         size, heads = (self.block_q, self.block_k), view.sizes[1]
