@@ -47,6 +47,7 @@ SKIPPED = {
     "catp.select": "needs the text that goes with an image",
     "code_merge": "needs the lexer's units of a text",
     "dynamicvit": "needs its trained predictor",
+    "maelre.vit": "merges for encoders that are trained with it (train_attention.py)",
     "mustdrop.select": "drops nothing: it marks the rows that MustDrop's later stages keep",
 }
 MOST = 4  # a schedule may ask for so many times the rows that there are: a merging layer takes half of them at most

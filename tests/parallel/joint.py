@@ -59,11 +59,8 @@ def blocks_shapes():
 if __name__ == "__main__":
     if sys.argv[1:] == ["wait"]:
         print("joined", jax.process_index(), file=sys.stderr, flush=True)
-        step = jax.jit(
-            jax.shard_map(
-                lambda x: jax.lax.psum(x, "d"), mesh=jax.make_mesh((jax.device_count(),), ("d",)), in_specs=jax.P("d"), out_specs=jax.P()
-            )
-        )
+        mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+        step = jax.jit(jax.shard_map(lambda x: jax.lax.psum(x, "d"), mesh=mesh, in_specs=jax.P("d"), out_specs=jax.P()))
         while True:
             jax.block_until_ready(step(jnp.ones(jax.device_count())))
             time.sleep(0.2)
