@@ -119,8 +119,8 @@ def masked_replay():
 
 
 def forget() -> None:
-    """Drop the programs that were compiled."""
-    for made in (program, plain, masked_replay):
+    """Drop the programs that were compiled, and what they gave."""
+    for made in (program, plain, masked_replay, usual):
         made.cache_clear()
 
 
