@@ -90,7 +90,7 @@ def _weights(cfg: Config, params, recipe: Recipe):
 
 def _one_device(recipe: Recipe, impl: Impl) -> None:
     if isinstance(impl, Shared):
-        raise NotImplementedError(f"{recipe.attention.name} runs on one device; leave out impl=, or shard the batch")  # type: ignore[union-attr]
+        raise ValueError(f"{recipe.attention.name} runs on one device; leave out impl=, or shard the batch")  # type: ignore[union-attr]
 
 
 def _rows_of(cfg: Config, pos, count, mark, impl) -> Rows:

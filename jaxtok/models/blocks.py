@@ -267,7 +267,7 @@ def _attended(cfg: Config, params: Params, ids, live, method: Attention, remat: 
     """`hidden` with a method of site attention, rows in order in between."""
     Recipe(attention=method).validate(cfg)
     if isinstance(impl, Shared):
-        raise NotImplementedError(f"{method.name} runs on one device; leave out impl=, or shard the batch")
+        raise ValueError(f"{method.name} runs on one device; leave out impl=, or shard the batch")
     own = params.get("methods", {}).get("attention")
     if own is None or len(own) != cfg.layers:
         raise ValueError(f"params['methods']['attention'] must have {cfg.layers} entries; Recipe(attention=...).init_params makes them")

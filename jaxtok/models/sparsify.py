@@ -35,7 +35,7 @@ def attend(
     if method is None or method.whole(n):
         return attention(q, k, v, q_pos=pos, k_pos=pos, bias=bias, diagonal=0, impl=impl, **see)
     if isinstance(impl, Shared):
-        raise NotImplementedError(f"{method.name} lists the keys of whole sequences; run it on one device, or leave it out of the recipe")
+        raise ValueError(f"{method.name} lists the keys of whole sequences; run it on one device, or leave it out of the recipe")
     view = aligned(q, k, pos, layer, impl=impl, **see)
     there, back = _turns(pos)
     values, extra = _move(v, there), None if bias is None else _move(bias, there)

@@ -9,9 +9,10 @@ import pytest
 
 from jaxtok.core.recipe import Recipe
 from jaxtok.decode import generate, replay
-from jaxtok.methods import CCA, SCOUT, KNorm, LandmarkAttention, MetaTokens
-from jaxtok.models import blocks, decoder
+from jaxtok.methods import CCA, SCOUT, AShape, KNorm, LandmarkAttention, MetaTokens
+from jaxtok.models import blocks, decoder, sparsify
 from jaxtok.models.config import Config
+from jaxtok.parallel import Spread, make_mesh
 from jaxtok.testing import world
 from tests.methods.attention import run
 
@@ -188,3 +189,23 @@ def test_missing_weights_and_ids():
     layers = decoder.empty(CFG, params, 1, 4, Recipe(attention=meta))
     with pytest.raises(ValueError, match="ids="):
         decoder.step(CFG, params, blocks.embed(CFG, params, ids[:1, :1]), jnp.ones((1, 1), bool), layers, Recipe(attention=meta))
+
+
+def test_one_device():
+    """Refused over several devices at every way in, before anything runs."""
+    spread = Spread(mesh=make_mesh(sequence=2, devices=jax.devices()[:2]))
+    params, ids = run.model(METHOD)
+    tokens = decoder.embed(CFG, params, ids)
+    x, live, layers = blocks.embed(CFG, params, ids[:, :1]), jnp.ones((world.B, 1), bool), decoder.empty(CFG, params, world.B, 4, RECIPE)
+    for call in (
+        lambda: blocks.forward(CFG, params, ids, method=METHOD, impl=spread),
+        lambda: decoder.prefill(CFG, params, tokens, RECIPE, new=1, impl=spread),
+        lambda: decoder.step(CFG, params, x, live, layers, RECIPE, impl=spread),
+    ):
+        with pytest.raises(ValueError, match="cca runs on one device"):
+            call()
+    with pytest.raises(ValueError, match="over several devices a recipe takes no `layers`, `edits` and `sparsify`"):
+        decoder.prefill(CFG, params, tokens, Recipe(sparsify=AShape(local=3)), new=1, impl=spread)
+    q, pos = jnp.zeros((1, 2, 8, 4)), jnp.arange(8, dtype=jnp.int32)[None]
+    with pytest.raises(ValueError, match="a_shape lists the keys of whole sequences"):
+        sparsify.attend(AShape(local=1, sinks=1, block_q=1, block_k=1), {}, 0, q, q, q, pos, impl=spread)
