@@ -43,7 +43,8 @@ class MetaTokens(Attention):
         meta-attention: softmax(Q K^T / sqrt(d) + causal + P) V,   P_ij = 0 where i and j are both meta-tokens, else -inf;
                         0 for ordinary tokens, whose rows are empty
 
-    `token` is the meta-token's id: a row of the model's embedding is the one shared embedding that the paper learns. Text of n tokens gets
+    `token` is the meta-token's id: a row of the model's embedding is the one shared embedding that the paper learns. `decode.prefill` and the
+    loss find them by it; whoever calls `decoder.embed` gives it special=token, else they are ordinary tokens to the prefill. Text of n tokens gets
     round(ratio n) of them at random places (`train.language.insert_meta`), at positions of their own; they are no targets.
 
     The meta-tokens are gathered, attend densely and are scattered back: O((ratio n)^2) beside the causal attention's O(n^2), which stays.
